@@ -1,0 +1,33 @@
+// One table of kernels per ISA, all from the same source (target_*.cpp). Operators call through kernels().
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/params.h"
+
+namespace fastattn {
+
+struct KernelTable {
+  void (*rope)(const RopeParams&, Range);
+};
+
+// The table of the ISA in force, and of a given one (compiled in for every x86-64 build; never call above best_isa()).
+const KernelTable& kernels();
+FASTATTN_API const KernelTable& kernels_for(Isa isa);
+
+namespace scalar {
+extern const KernelTable kTable;
+}
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+namespace avx512_bf16 {
+extern const KernelTable kTable;
+}
+namespace amx {
+extern const KernelTable kTable;
+}
+
+}  // namespace fastattn

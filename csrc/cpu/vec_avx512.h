@@ -1,0 +1,179 @@
+// Vec for AVX-512 (F, DQ, BW, VL; AVX512-BF16 if FASTATTN_TARGET_AVX512_BF16): 16 float lanes, 8 double lanes.
+// Contract in vec_scalar.h.
+
+template <class A>
+struct Vec;
+
+inline __mmask16 lanes16(int64_t n) { return static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(n))); }
+inline __mmask8 lanes8(int64_t n) { return static_cast<__mmask8>(_bzhi_u32(0xff, static_cast<unsigned>(n))); }
+
+inline __m512 widen(BFloat16, __m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m512 widen(Half, __m256i x) { return _mm512_cvtph_ps(x); }
+inline __m256i narrow(Half, __m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+inline __m256i narrow(BFloat16, __m512 x) {
+#if defined(FASTATTN_TARGET_AVX512_BF16)
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i chosen = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+#endif
+}
+
+template <>
+struct Vec<float> {
+  static constexpr int kLanes = 16;
+  __m512 v;
+  Vec() = default;
+  explicit Vec(__m512 x) : v(x) {}
+  explicit Vec(float x) : v(_mm512_set1_ps(x)) {}
+  static Vec zero() { return Vec(_mm512_setzero_ps()); }
+  static Vec load(const float* p) { return Vec(_mm512_loadu_ps(p)); }
+  static Vec load_n(const float* p, int64_t n) { return Vec(_mm512_maskz_loadu_ps(lanes16(n), p)); }
+  template <class T>
+  static Vec load(const T* p) {
+    return Vec(widen(T{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  }
+  template <class T>
+  static Vec load_n(const T* p, int64_t n) {
+    return Vec(widen(T{}, _mm256_maskz_loadu_epi16(lanes16(n), p)));
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_n(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, lanes16(n), v); }
+  template <class T>
+  void store(T* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, v));
+  }
+  template <class T>
+  void store_n(T* p, int64_t n) const {
+    _mm256_mask_storeu_epi16(p, lanes16(n), narrow(T{}, v));
+  }
+  static Vec iota(float start) {
+    return Vec(_mm512_add_ps(_mm512_set1_ps(start),
+                             _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int kLanes = 8;
+  __m512d v;
+  Vec() = default;
+  explicit Vec(__m512d x) : v(x) {}
+  explicit Vec(double x) : v(_mm512_set1_pd(x)) {}
+  static Vec zero() { return Vec(_mm512_setzero_pd()); }
+  static Vec load(const double* p) { return Vec(_mm512_loadu_pd(p)); }
+  static Vec load_n(const double* p, int64_t n) { return Vec(_mm512_maskz_loadu_pd(lanes8(n), p)); }
+  static Vec load(const float* p) { return Vec(_mm512_cvtps_pd(_mm256_loadu_ps(p))); }
+  static Vec load_n(const float* p, int64_t n) { return Vec(_mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes8(n), p))); }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void store_n(double* p, int64_t n) const { _mm512_mask_storeu_pd(p, lanes8(n), v); }
+  static Vec iota(double start) {
+    return Vec(_mm512_add_pd(_mm512_set1_pd(start), _mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)));
+  }
+};
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+struct MaskF {
+  __mmask16 m;
+};
+struct MaskD {
+  __mmask8 m;
+};
+
+inline VecF operator+(VecF a, VecF b) { return VecF(_mm512_add_ps(a.v, b.v)); }
+inline VecF operator-(VecF a, VecF b) { return VecF(_mm512_sub_ps(a.v, b.v)); }
+inline VecF operator*(VecF a, VecF b) { return VecF(_mm512_mul_ps(a.v, b.v)); }
+inline VecF operator/(VecF a, VecF b) { return VecF(_mm512_div_ps(a.v, b.v)); }
+inline VecF fma(VecF a, VecF b, VecF c) { return VecF(_mm512_fmadd_ps(a.v, b.v, c.v)); }
+inline VecF fnma(VecF a, VecF b, VecF c) { return VecF(_mm512_fnmadd_ps(a.v, b.v, c.v)); }
+inline VecF max(VecF a, VecF b) { return VecF(_mm512_max_ps(a.v, b.v)); }
+inline VecF min(VecF a, VecF b) { return VecF(_mm512_min_ps(a.v, b.v)); }
+inline VecF abs(VecF a) { return VecF(_mm512_abs_ps(a.v)); }
+inline VecF sqrt(VecF a) { return VecF(_mm512_sqrt_ps(a.v)); }
+inline MaskF lt(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline MaskF le(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+inline MaskF is_nan(VecF a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline VecF select(MaskF mask, VecF a, VecF b) { return VecF(_mm512_mask_blend_ps(mask.m, b.v, a.v)); }
+inline MaskF operator&(MaskF a, MaskF b) { return {static_cast<__mmask16>(a.m & b.m)}; }
+inline VecF copysign(VecF a, VecF sign) {
+  return VecF(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(sign.v),
+                                                            _mm512_castps_si512(a.v), 0xca)));
+}
+
+inline VecD operator+(VecD a, VecD b) { return VecD(_mm512_add_pd(a.v, b.v)); }
+inline VecD operator-(VecD a, VecD b) { return VecD(_mm512_sub_pd(a.v, b.v)); }
+inline VecD operator*(VecD a, VecD b) { return VecD(_mm512_mul_pd(a.v, b.v)); }
+inline VecD operator/(VecD a, VecD b) { return VecD(_mm512_div_pd(a.v, b.v)); }
+inline VecD fma(VecD a, VecD b, VecD c) { return VecD(_mm512_fmadd_pd(a.v, b.v, c.v)); }
+inline VecD fnma(VecD a, VecD b, VecD c) { return VecD(_mm512_fnmadd_pd(a.v, b.v, c.v)); }
+inline VecD max(VecD a, VecD b) { return VecD(_mm512_max_pd(a.v, b.v)); }
+inline VecD min(VecD a, VecD b) { return VecD(_mm512_min_pd(a.v, b.v)); }
+inline VecD abs(VecD a) { return VecD(_mm512_abs_pd(a.v)); }
+inline VecD sqrt(VecD a) { return VecD(_mm512_sqrt_pd(a.v)); }
+inline MaskD lt(VecD a, VecD b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline MaskD le(VecD a, VecD b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ)}; }
+inline MaskD is_nan(VecD a) { return {_mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline VecD select(MaskD mask, VecD a, VecD b) { return VecD(_mm512_mask_blend_pd(mask.m, b.v, a.v)); }
+inline MaskD operator&(MaskD a, MaskD b) { return {static_cast<__mmask8>(a.m & b.m)}; }
+inline VecD copysign(VecD a, VecD sign) {
+  return VecD(_mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_set1_epi64(INT64_MIN), _mm512_castpd_si512(sign.v),
+                                                            _mm512_castpd_si512(a.v), 0xca)));
+}
+
+template <class A>
+inline auto first_n(int64_t n) {
+  if constexpr (std::is_same_v<A, float>) {
+    return MaskF{lanes16(n)};
+  } else {
+    return MaskD{lanes8(n)};
+  }
+}
+template <class A>
+inline auto load_mask(const bool* p, int64_t n) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(lanes16(n), p);
+  const __mmask16 set = _mm_test_epi8_mask(bytes, bytes);
+  if constexpr (std::is_same_v<A, float>) {
+    return MaskF{set};
+  } else {
+    return MaskD{static_cast<__mmask8>(set)};
+  }
+}
+
+inline float reduce_add(VecF a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(VecF a) { return _mm512_reduce_max_ps(a.v); }
+inline double reduce_add(VecD a) { return _mm512_reduce_add_pd(a.v); }
+inline double reduce_max(VecD a) { return _mm512_reduce_max_pd(a.v); }
+
+inline VecF round_nearest(VecF x) { return VecF(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+// p * 2^rounded.
+inline VecF scale_by_rounded(VecF p, VecF rounded) { return VecF(_mm512_scalef_ps(p.v, rounded.v)); }
+
+struct VecU32 {
+  static constexpr int kLanes = 16;
+  __m512i v;
+  VecU32() = default;
+  explicit VecU32(__m512i x) : v(x) {}
+  explicit VecU32(uint32_t x) : v(_mm512_set1_epi32(static_cast<int>(x))) {}
+  static VecU32 iota(uint32_t start) {
+    return VecU32(_mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(start)),
+                                   _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+  }
+};
+inline VecU32 operator+(VecU32 a, VecU32 b) { return VecU32(_mm512_add_epi32(a.v, b.v)); }
+inline VecU32 operator^(VecU32 a, VecU32 b) { return VecU32(_mm512_xor_si512(a.v, b.v)); }
+inline VecU32 shift_right(VecU32 a, int bits) { return VecU32(_mm512_srli_epi32(a.v, bits)); }
+inline void mul_hi_lo(VecU32 a, uint32_t b, VecU32* hi, VecU32* lo) {
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
+  const __m512i even = _mm512_mul_epu32(a.v, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+  *lo = VecU32(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+  *hi = VecU32(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+}
+inline MaskF ge_unsigned(VecU32 a, uint32_t bound) {
+  return {_mm512_cmpge_epu32_mask(a.v, _mm512_set1_epi32(static_cast<int>(bound)))};
+}
+inline VecF keep(MaskF mask, VecF x) { return VecF(_mm512_maskz_mov_ps(mask.m, x.v)); }

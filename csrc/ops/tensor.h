@@ -1,0 +1,43 @@
+// The bridge from LibTorch's stable ABI to params.h: dtypes, pointers, strides, allocation, threads. csrc/ops only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+#include "cpu/params.h"
+
+namespace fastattn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Validation proper is in fastattn/ops (ValueError with names); these checks keep a direct torch.ops call from crashing.
+#define FASTATTN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastattn: ", __VA_ARGS__)
+
+DType dtype_of(const Tensor& x);
+ScalarType accumulation_type(ScalarType type);  // float64 for float64, else float32
+
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType type);  // CPU
+inline Tensor none(const Tensor& like) { return empty({0}, like.scalar_type()); }
+
+inline const void* data_or_null(const OptionalTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
+inline bool is_contiguous(const OptionalTensor& x) { return !x.has_value() || x->is_contiguous(); }
+
+// rng_state: int64 (seed, offset).
+Dropout make_dropout(double p, const OptionalTensor& rng_state);
+
+// f(Range) over [0, items) on torch's threads; a thread gets at least `grain` items. Exceptions reach the caller.
+template <class F>
+void parallel_for(int64_t items, int64_t grain, const F& f) {
+  if (items <= 0) return;
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(Range{begin, end}); });
+}
+
+}  // namespace fastattn

@@ -1,0 +1,197 @@
+"""The operators: one schema, one fake, any number of implementations.
+
+Every operation crosses into PyTorch's dispatcher once, through an operator of the library ``fastattn``. The schema is
+written here and nowhere else; an implementation only registers kernels for it:
+
+* ``fastattn::<op>``         C++ (``csrc/``): the CPU key from ``_C.so``, the CUDA key from ``_cuda.so``;
+* ``fastattn::triton_<op>``  the same schema, implemented by ``kernels/<op>.py``.
+
+Everything is registered at import, before anything can be traced (``torch.compile``, ``torch.export``). Optional tensors that
+an operator does not produce come back with shape ``(0,)``, since a schema has a fixed number of results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SCHEMAS = {
+    # q (B, H, Nq, D); k (B, Hk, Nk, D); v (B, Hk, Nk, Dv); attn_mask 4-D with each extent 1 or full, bool | q.dtype | float32;
+    # alibi_slopes (1 | B, H), sinks (H,) and lse (B, H, Nq) in the accumulation dtype; rng_state int64 (2,) = (seed, offset) on CPU.
+    # Key j is visible to row i iff  -window_left <= j - (i + diagonal) <= window_right,  -1 = unlimited.
+    "attention_forward": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, float softmax_scale,"
+        " int window_left, int window_right, int diagonal, float softcap, float dropout_p, Tensor? rng_state)"
+        " -> (Tensor out, Tensor lse)"
+    ),
+    # dmask has attn_mask's own (unexpanded) shape and dtype; dslopes that of alibi_slopes; dsinks that of sinks.
+    "attention_backward": (
+        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? attn_mask,"
+        " Tensor? alibi_slopes, Tensor? sinks, float softmax_scale, int window_left, int window_right, int diagonal,"
+        " float softcap, float dropout_p, Tensor? rng_state, bool mask_grad, bool slopes_grad, bool sinks_grad)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dslopes, Tensor dsinks)"
+    ),
+    # x, residual (M, N) with unit last stride; weight, bias (N,) in x.dtype or float32. h = dropout(x) + residual, y = norm(h).
+    # h is (0,) when it would equal x; mean is (0,) for rms.
+    "norm_forward": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, float dropout_p,"
+        " Tensor? rng_state) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
+    ),
+    # dh is the incoming gradient of h (or None). Results: the total gradient of h, that of x where dropout makes it differ.
+    "norm_backward": (
+        "(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, bool rms, float dropout_p,"
+        " Tensor? rng_state, bool weight_grad, bool bias_grad)"
+        " -> (Tensor dh_total, Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
+    # x (M, K); w_in, w_gate (F, K); w_out (O, F). hidden = dropout(act(pre)), or dropout(act(gate) * pre) with a gate.
+    # pre, gate (M, F) are (0,) unless save_pre. activation indexes fastattn.reference.ffn.ACTIVATIONS.
+    "ffn_forward": (
+        "(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out,"
+        " int activation, float dropout_p, Tensor? rng_state, bool save_pre) -> (Tensor out, Tensor pre, Tensor gate)"
+    ),
+    "ffn_backward": (
+        "(Tensor dout, Tensor x, Tensor w_in, Tensor? w_gate, Tensor w_out, Tensor pre, Tensor gate, int activation,"
+        " float dropout_p, Tensor? rng_state, bool x_grad, bool weight_grad, bool bias_grad)"
+        " -> (Tensor dx, Tensor dw_in, Tensor db_in, Tensor dw_gate, Tensor db_gate, Tensor dw_out, Tensor db_out)"
+    ),
+    # x (B, H, N, D); cos, sin (1 | B, N, R/2) in the accumulation dtype; conjugate rotates back (the gradient).
+    "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool conjugate) -> Tensor",
+}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and accumulators: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_output_like(q: Tensor, head_dim_v: int) -> Tensor:
+    """An empty (B, H, Nq, Dv) output in q's memory order: (batch, seq, heads, dim) queries give such an output."""
+    batch, heads, rows, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, rows, heads, head_dim_v).transpose(1, 2)
+    return q.new_empty(batch, heads, rows, head_dim_v)
+
+
+def _none(x: Tensor) -> Tensor:
+    return x.new_empty(0)
+
+
+def _fake_attention_forward(q, k, v, attn_mask, alibi_slopes, sinks, *_):  # type: ignore[no-untyped-def]
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return attention_output_like(q, v.shape[3]), lse
+
+
+def _fake_attention_backward(  # type: ignore[no-untyped-def]
+    dout, dlse, q, k, v, out, lse, attn_mask, alibi_slopes, sinks, *rest
+):
+    mask_grad, slopes_grad, sinks_grad = rest[-3:]
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        torch.empty_like(attn_mask, memory_format=torch.contiguous_format) if mask_grad else _none(q),
+        torch.empty_like(alibi_slopes) if slopes_grad else _none(q),
+        torch.empty_like(sinks) if sinks_grad else _none(q),
+    )
+
+
+def _fake_norm_forward(x, residual, weight, bias, eps, rms, dropout_p, rng_state):  # type: ignore[no-untyped-def]
+    y = x.new_empty(x.shape)
+    h = x.new_empty(x.shape) if residual is not None or dropout_p > 0 else _none(x)
+    rstd = x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
+    return y, h, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
+
+
+def _fake_norm_backward(  # type: ignore[no-untyped-def]
+    dy, dh, h, weight, mean, rstd, rms, dropout_p, rng_state, weight_grad, bias_grad
+):
+    columns = weight if weight is not None else h.new_empty(h.shape[1])
+    return (
+        h.new_empty(h.shape),
+        h.new_empty(h.shape) if dropout_p > 0 else _none(h),
+        columns.new_empty(columns.shape) if weight_grad else _none(h),
+        columns.new_empty(columns.shape) if bias_grad else _none(h),
+    )
+
+
+def _fake_ffn_forward(x, w_in, b_in, w_gate, b_gate, w_out, b_out, *rest):  # type: ignore[no-untyped-def]
+    hidden = (x.shape[0], w_in.shape[0])
+    save_pre = rest[-1]
+    return (
+        x.new_empty(x.shape[0], w_out.shape[0]),
+        x.new_empty(hidden) if save_pre else _none(x),
+        x.new_empty(hidden) if save_pre and w_gate is not None else _none(x),
+    )
+
+
+def _fake_ffn_backward(dout, x, w_in, w_gate, w_out, pre, gate, *rest):  # type: ignore[no-untyped-def]
+    x_grad, weight_grad, bias_grad = rest[-3:]
+    gated = w_gate is not None
+    return (
+        x.new_empty(x.shape) if x_grad else _none(x),
+        w_in.new_empty(w_in.shape) if weight_grad else _none(x),
+        x.new_empty(w_in.shape[0]) if bias_grad else _none(x),
+        w_in.new_empty(w_in.shape) if weight_grad and gated else _none(x),
+        x.new_empty(w_in.shape[0]) if bias_grad and gated else _none(x),
+        w_out.new_empty(w_out.shape) if weight_grad else _none(x),
+        x.new_empty(w_out.shape[0]) if bias_grad else _none(x),
+    )
+
+
+def _fake_rope(x, cos, sin, interleaved, conjugate):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+FAKES: dict[str, Callable[..., object]] = {
+    "attention_forward": _fake_attention_forward,
+    "attention_backward": _fake_attention_backward,
+    "norm_forward": _fake_norm_forward,
+    "norm_backward": _fake_norm_backward,
+    "ffn_forward": _fake_ffn_forward,
+    "ffn_backward": _fake_ffn_backward,
+    "rope": _fake_rope,
+}
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_library = torch.library.Library("fastattn", "DEF")
+load_errors: dict[str, str] = {}
+
+
+def _define(name: str, op: str) -> None:
+    _library.define(name + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"fastattn::{name}", FAKES[op], lib=_library)
+
+
+def register_triton(op: str, launcher: Callable[..., object]) -> None:
+    """Make ``fastattn::triton_<op>`` run ``launcher`` on CUDA tensors, and on CPU tensors under Triton's interpreter."""
+    for key in ("CUDA", "CPU"):
+        _library.impl(f"triton_{op}", launcher, key)
+
+
+def _load(name: str) -> bool:
+    """Load ``fastattn/<name>.so``; on failure keep the reason for ``info`` and warn once if the file is there but broken."""
+    path = _PACKAGE / f"{name}.so"
+    if not path.exists():
+        load_errors[name] = f"{path.name} is not built"
+        return False
+    try:
+        ctypes.CDLL(str(path))
+        return True
+    except OSError as error:
+        load_errors[name] = f"{path.name} does not load: {error}"
+        warnings.warn(f"fastattn: {load_errors[name]}; run `python -m fastattn info`", stacklevel=2)
+        return False
+
+
+for _op in SCHEMAS:
+    _define(_op, _op)
+    _define(f"triton_{_op}", _op)
+
+#: Which compiled libraries this process has.
+has_cpu = _load("_C")
+has_cuda = _load("_cuda")
