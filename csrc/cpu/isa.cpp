@@ -15,7 +15,7 @@
 namespace fastattn {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
 
 #if defined(__x86_64__)
 
@@ -28,7 +28,8 @@ unsigned long long xcr0() {
 
 constexpr bool bit(unsigned long long word, int index) { return (word >> index) & 1; }
 
-// Linux hands out the 8 KiB of tile state on request only (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA = 18); asking again is harmless.
+// Linux hands out the 8 KiB of tile state on request only (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA = 18); asking
+// again is harmless.
 bool request_amx_permission() {
 #if defined(__linux__)
   constexpr long kArchReqXcompPerm = 0x1023, kXtileData = 18;
@@ -52,8 +53,7 @@ Isa detect() {
   const bool avx2 = ymm && fma && f16c && bit(features_b, 5);
   if (!avx2) return Isa::kScalar;
   // F, DQ, BW, VL: Skylake-SP. VBMI is Ice Lake's and is not required.
-  const bool avx512 =
-      zmm && bit(features_b, 16) && bit(features_b, 17) && bit(features_b, 30) && bit(features_b, 31);
+  const bool avx512 = zmm && bit(features_b, 16) && bit(features_b, 17) && bit(features_b, 30) && bit(features_b, 31);
   if (!avx512) return Isa::kAvx2;
   const bool avx512_bf16 = bit(sub_eax, 5), vbmi = bit(features_c, 1);
   if (!avx512_bf16 || !vbmi) return Isa::kAvx512;
@@ -72,8 +72,9 @@ struct Choice {
     if (forced == nullptr || *forced == '\0') return;
     Isa wanted;
     if (!isa_from_name(forced, &wanted)) {
-      message = std::string("FASTATTN_ISA=") + forced + " is not one of scalar, avx2, avx512, avx512_bf16, amx: ignored";
-    } else if (wanted > isa) {
+      message = std::string("FASTATTN_ISA=") + forced +
+                " is not one of scalar, avx2, avx512, avx512_bf16, amx, amx_emulated: ignored";
+    } else if (!isa_available(wanted)) {
       message = std::string("FASTATTN_ISA=") + forced + " is not available on this machine: ignored";
     } else {
       isa = wanted;
@@ -111,10 +112,12 @@ Isa best_isa() {
   return best;
 }
 
+bool isa_available(Isa isa) { return isa == Isa::kAmxEmulated ? best_isa() >= Isa::kAvx512Bf16 : isa <= best_isa(); }
+
 Isa current_isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
 
 void set_isa(Isa isa) {
-  if (isa > best_isa()) {
+  if (!isa_available(isa)) {
     throw std::invalid_argument(std::string("isa '") + isa_name(isa) + "' is not available here; the best is '" +
                                 isa_name(best_isa()) + "'");
   }

@@ -8,9 +8,10 @@ namespace fastattn {
 
 struct KernelTable {
   void (*rope)(const RopeParams&, Range);
+  void (*gemm)(const GemmParams&);
 };
 
-// The table of the ISA in force, and of a given one (compiled in for every x86-64 build; never call above best_isa()).
+// The table of the ISA in force, and of a given one (compiled in for every x86-64 build; call only if isa_available()).
 const KernelTable& kernels();
 FASTATTN_API const KernelTable& kernels_for(Isa isa);
 
@@ -27,6 +28,9 @@ namespace avx512_bf16 {
 extern const KernelTable kTable;
 }
 namespace amx {
+extern const KernelTable kTable;
+}
+namespace amx_emulated {
 extern const KernelTable kTable;
 }
 

@@ -54,4 +54,15 @@ struct RopeParams {
   bool conjugate;    // rotate by the negative angle: the gradient
 };
 
+// c (M, N) (+)= a (M, K) · b through the micro-kernel, for tests and tuning: b is (K, N), or (N, K) if transposed. a is
+// in the operand dtype's storage (rounded to `dtype`), c in the accumulation dtype.
+struct GemmParams {
+  DType dtype;
+  int64_t M, N, K, lda, ldb, ldc;
+  const void *a, *b;
+  void* c;
+  bool transposed, accumulate;
+  int64_t repeats;  // products after one packing
+};
+
 }  // namespace fastattn

@@ -4,8 +4,10 @@
 #include FASTATTN_TARGET_VEC
 #include "cpu/math-inl.h"
 #include "cpu/philox-inl.h"
+#include "cpu/gemm_micro-inl.h"
 #include "cpu/rope-inl.h"
 
 const KernelTable kTable = {
     rope,
+    gemm_product,
 };

@@ -213,3 +213,22 @@ inline MaskF ge_unsigned(VecU32 a, uint32_t bound) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, limit), a.v))};
 }
 inline VecF keep(MaskF mask, VecF x) { return VecF(_mm256_and_ps(mask.m, x.v)); }
+
+// 8 x 8: pairs within 128-bit halves, then quads, then halves exchanged.
+inline void transpose(VecF (&block)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(block[i].v, block[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(block[i].v, block[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    block[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    block[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}

@@ -177,3 +177,31 @@ inline MaskF ge_unsigned(VecU32 a, uint32_t bound) {
   return {_mm512_cmpge_epu32_mask(a.v, _mm512_set1_epi32(static_cast<int>(bound)))};
 }
 inline VecF keep(MaskF mask, VecF x) { return VecF(_mm512_maskz_mov_ps(mask.m, x.v)); }
+
+// 16 x 16: 4 x 4 blocks turn over within the 128-bit quarters of 4 neighbouring rows, then the quarters of 4 such groups.
+inline void transpose(VecF (&block)[16]) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(block[i].v, block[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(block[i].v, block[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm512_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      b[i + 2 * j + 1] = _mm512_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    block[i].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    block[i + 4].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    block[i + 8].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    block[i + 12].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  }
+}

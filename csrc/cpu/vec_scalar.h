@@ -144,3 +144,6 @@ inline void mul_hi_lo(VecU32 a, uint32_t b, VecU32* hi, VecU32* lo) {
 inline bool ge_unsigned(VecU32 a, uint32_t bound) { return a.v >= bound; }
 // keep ? x * scale : 0 for a Vec<float>.
 inline Vec<float> keep(bool mask, Vec<float> x) { return mask ? x : Vec<float>::zero(); }
+
+// block[i] lane j <-> block[j] lane i, for kLanes vectors.
+inline void transpose(VecF (&)[1]) {}

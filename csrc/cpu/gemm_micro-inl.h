@@ -1,0 +1,335 @@
+// The register-blocked matrix product under attention and the feed-forward network: C (+)= A·B for one cache-sized
+// block.
+//
+// A is read where it lies (rows of T, unit stride along k); B is packed first, into panels of kNr columns in which one
+// vector load gives kNr columns of one k (of kStep consecutive k for 16-bit operands):
+//
+//   element (k, n)  at  (n / kNr) * kNr * Kpad  +  (k / kStep) * kNr * kStep  +  (n % kNr) * kStep  +  k % kStep
+//
+// Kpad is K rounded up to kDepth; padding holds zeros. Each element of C is one chain of fused multiply-adds in the
+// order of k, whatever M and N are, so a row's result does not depend on its neighbours. With `accumulate` the finished
+// sum is added to C.
+//
+// Registers: kMr rows times kVectors vectors of accumulators, kVectors of B, one broadcast of A. AVX-512 has 32: 14 * 2
+// + 2 + 1 = 31; AVX2 has 16: 6 * 2 + 2 + 1 = 15. Rows are split evenly (64 rows are 13+13+13+13+12), so that a
+// remainder never runs at a few rows' speed.
+
+// The type in which operands of storage type S enter a product. Half has no dot product worth using on any of the
+// targets.
+template <class S>
+struct GemmOperandOf {
+  using type = Acc<S>;
+};
+#if defined(FASTATTN_TARGET_AVX512_BF16)
+template <>
+struct GemmOperandOf<BFloat16> {
+  using type = BFloat16;
+};
+#endif
+template <class S>
+using GemmOperand = typename GemmOperandOf<S>::type;
+
+constexpr int kGemmVectors = VecF::kLanes == 1 ? 4 : 2;
+constexpr int kGemmRows = VecF::kLanes == 16 ? 14 : VecF::kLanes == 8 ? 6 : 2;
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// One block of R rows by V vectors. Ops supplies the arithmetic: T, A, kStep, kNr, Vec<A> fma(a pointer, B vector,
+// accumulator).
+template <class Ops, int R, int V>
+inline void gemm_block(const typename Ops::T* a, int64_t lda, const typename Ops::T* b, int64_t K, typename Ops::A* c,
+                       int64_t ldc, int64_t columns, bool accumulate) {
+  using Vector = Vec<typename Ops::A>;
+  constexpr int kLanes = Vector::kLanes, kRowOfB = Ops::kNr * Ops::kStep;
+  Vector sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = Vector::zero();
+  }
+  const int64_t steps = K / Ops::kStep;
+  for (int64_t s = 0; s < steps; ++s) {
+    typename Ops::Operand column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) column[v] = Ops::load(b + v * kLanes * Ops::kStep);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename Ops::Operand row = Ops::broadcast(a + r * lda);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = Ops::multiply_add(row, column[v], sum[r][v]);
+    }
+    a += Ops::kStep;
+    b += kRowOfB;
+  }
+  if (Ops::kStep > 1 && K % Ops::kStep != 0) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename Ops::Operand row = Ops::broadcast_last(a + r * lda);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] = Ops::multiply_add(row, Ops::load(b + v * kLanes * Ops::kStep), sum[r][v]);
+      }
+    }
+  }
+  if (columns == V * kLanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        typename Ops::A* out = c + r * ldc + v * kLanes;
+        (accumulate ? Vector::load(out) + sum[r][v] : sum[r][v]).store(out);
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int64_t n = std::max<int64_t>(0, std::min<int64_t>(kLanes, columns - v * kLanes));
+      typename Ops::A* out = c + r * ldc + v * kLanes;
+      (accumulate ? Vector::load_n(out, n) + sum[r][v] : sum[r][v]).store_n(out, n);
+    }
+  }
+}
+
+// gemm_block for a row count known at run time.
+template <class Ops, int V, int R = kGemmRows>
+inline void gemm_rows(int64_t rows, const typename Ops::T* a, int64_t lda, const typename Ops::T* b, int64_t K,
+                      typename Ops::A* c, int64_t ldc, int64_t columns, bool accumulate) {
+  if constexpr (R > 0) {
+    if (rows == R) return gemm_block<Ops, R, V>(a, lda, b, K, c, ldc, columns, accumulate);
+    return gemm_rows<Ops, V, R - 1>(rows, a, lda, b, K, c, ldc, columns, accumulate);
+  }
+}
+
+// All blocks of C: panel by panel, so that a panel of B stays in the L1 or L2 cache while the rows of A pass.
+template <class Ops>
+inline void gemm_multiply(const typename Ops::T* a, int64_t lda, const typename Ops::T* packed, int64_t M, int64_t N,
+                          int64_t K, typename Ops::A* c, int64_t ldc, bool accumulate) {
+  constexpr int kLanes = Vec<typename Ops::A>::kLanes;
+  const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
+  const int64_t panel_size = Ops::kNr * round_up(K, Ops::kStep);
+  for (int64_t n = 0; n < N; n += Ops::kNr) {
+    const typename Ops::T* b = packed + n / Ops::kNr * panel_size;
+    const int64_t columns = std::min<int64_t>(Ops::kNr, N - n);
+    int64_t row = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t rows = (M - row + blocks - block - 1) / (blocks - block);
+      if (columns <= kLanes * (kGemmVectors / 2)) {
+        gemm_rows<Ops, kGemmVectors / 2>(rows, a + row * lda, lda, b, K, c + row * ldc + n, ldc, columns, accumulate);
+      } else {
+        gemm_rows<Ops, kGemmVectors>(rows, a + row * lda, lda, b, K, c + row * ldc + n, ldc, columns, accumulate);
+      }
+      row += rows;
+    }
+  }
+}
+
+// float and double operands.
+template <class Type>
+struct GemmOps {
+  using T = Type;
+  using A = Type;
+  using Operand = Vec<A>;
+  static constexpr int kStep = 1, kNr = kGemmVectors * Vec<A>::kLanes;
+  static Operand load(const T* b) { return Operand::load(b); }
+  static Operand broadcast(const T* a) { return Operand(*a); }
+  static Operand broadcast_last(const T* a) { return broadcast(a); }
+  static Vec<A> multiply_add(Operand a, Operand b, Vec<A> c) { return fma(a, b, c); }
+};
+
+// One panel of pack_transposed: columns n of B are rows of bt. Blocks of kLanes x kLanes turn over in registers.
+template <class S>
+inline void pack_panel_transposed(const S* bt, int64_t ldb, int64_t K, int64_t columns, float* panel) {
+  constexpr int kLanes = VecF::kLanes, kNr = kGemmVectors * kLanes;
+  for (int64_t n = 0; n < kNr; n += kLanes) {
+    for (int64_t k = 0; k < K; k += kLanes) {
+      const int64_t depth = std::min<int64_t>(kLanes, K - k);
+      VecF block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = n + i < columns ? VecF::load_n(bt + (n + i) * ldb + k, depth) : VecF::zero();
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < depth) block[i].store(panel + (k + i) * kNr + n);
+      }
+    }
+  }
+}
+template <class S>
+inline void pack_panel_transposed(const S* bt, int64_t ldb, int64_t K, int64_t columns, double* panel) {
+  constexpr int kNr = kGemmVectors * VecD::kLanes;
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t n = 0; n < kNr; ++n) panel[k * kNr + n] = n < columns ? to_acc(bt[n * ldb + k]) : 0.0;
+  }
+}
+
+template <class T>
+struct Gemm {
+  using A = T;
+  static constexpr int kMr = kGemmRows, kNr = GemmOps<T>::kNr, kStep = 1, kDepth = 1;
+
+  static int64_t packed_size(int64_t K, int64_t N) { return K * round_up(N, kNr); }
+
+  template <class S>
+  static void pack(const S* b, int64_t ldb, int64_t K, int64_t N, T* packed) {
+    using V = Vec<A>;
+    for (int64_t n = 0; n < N; n += kNr) {
+      T* panel = packed + n * K;
+      for (int64_t k = 0; k < K; ++k) {
+        const S* row = b + k * ldb + n;
+        for (int v = 0; v < kGemmVectors; ++v) {
+          const int64_t count = std::max<int64_t>(0, std::min<int64_t>(V::kLanes, N - n - v * V::kLanes));
+          V::load_n(row + v * V::kLanes, count).store(panel + k * kNr + v * V::kLanes);
+        }
+      }
+    }
+  }
+
+  template <class S>
+  static void pack_transposed(const S* bt, int64_t ldb, int64_t K, int64_t N, T* packed) {
+    for (int64_t n = 0; n < N; n += kNr) {
+      pack_panel_transposed(bt + n * ldb, ldb, K, std::min<int64_t>(kNr, N - n), packed + n * K);
+    }
+  }
+
+  static void multiply(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c, int64_t ldc,
+                       bool accumulate) {
+    gemm_multiply<GemmOps<T>>(a, lda, packed, M, N, K, c, ldc, accumulate);
+  }
+};
+
+#if defined(FASTATTN_TARGET_AVX512_BF16)
+
+// bfloat16 operands: one 32-bit broadcast of A and one vector of B hold two k for each of 16 columns.
+struct GemmOpsBFloat16 {
+  using T = BFloat16;
+  using A = float;
+  using Operand = __m512bh;
+  static constexpr int kStep = 2, kNr = kGemmVectors * 16;
+  static Operand load(const T* b) { return (__m512bh)_mm512_loadu_si512(b); }
+  static Operand broadcast(const T* a) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  // The last k of an odd K: what follows it in memory may be anything, or nothing.
+  static Operand broadcast_last(const T* a) { return (__m512bh)_mm512_set1_epi32(a->bits); }
+  static VecF multiply_add(Operand a, Operand b, VecF c) { return VecF(_mm512_dpbf16_ps(c.v, a, b)); }
+};
+
+// 32 words a row, rows k and k + 1 interleaved: word 2n is row k's n-th, word 2n + 1 row (k + 1)'s.
+inline void pack_panel_pairs(const BFloat16* b, int64_t ldb, int64_t K, int64_t columns, int64_t depth,
+                             BFloat16* panel) {
+  alignas(64) uint16_t order[64];
+  for (int i = 0; i < 64; ++i) order[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);
+  const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
+  const __mmask32 mask = static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<unsigned>(columns)));
+  for (int64_t k = 0; k < depth; k += 2) {
+    const __m512i first = _mm512_maskz_loadu_epi16(k < K ? mask : 0, b + k * ldb);
+    const __m512i second = _mm512_maskz_loadu_epi16(k + 1 < K ? mask : 0, b + (k + 1) * ldb);
+    _mm512_storeu_si512(panel + k * 32, _mm512_permutex2var_epi16(first, low, second));
+    _mm512_storeu_si512(panel + k * 32 + 32, _mm512_permutex2var_epi16(first, high, second));
+  }
+}
+
+// Pairs along k are already adjacent in bt: a transposition of 32-bit elements.
+inline void pack_panel_pairs_transposed(const BFloat16* bt, int64_t ldb, int64_t K, int64_t columns, int64_t depth,
+                                        BFloat16* panel) {
+  for (int64_t n = 0; n < 32; n += 16) {
+    for (int64_t k = 0; k < depth; k += 32) {
+      const int64_t count = std::max<int64_t>(0, std::min<int64_t>(32, K - k));
+      const __mmask32 mask = static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<unsigned>(count)));
+      VecF block[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const __mmask32 present = n + i < columns ? mask : 0;
+        block[i] = VecF(_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, bt + (n + i) * ldb + k)));
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (k + 2 * i < depth) _mm512_storeu_ps(panel + (k / 2 + i) * 64 + n * 2, block[i].v);
+      }
+    }
+  }
+}
+
+#if defined(FASTATTN_TARGET_AMX)
+#include "cpu/gemm_amx-inl.h"
+constexpr int kGemmBFloat16Rows = 32, kGemmBFloat16Depth = 32;
+#else
+constexpr int kGemmBFloat16Rows = kGemmRows, kGemmBFloat16Depth = 2;
+#endif
+
+template <>
+struct Gemm<BFloat16> {
+  using T = BFloat16;
+  using A = float;
+  static constexpr int kMr = kGemmBFloat16Rows, kNr = GemmOpsBFloat16::kNr, kStep = 2, kDepth = kGemmBFloat16Depth;
+
+  static int64_t packed_size(int64_t K, int64_t N) { return round_up(K, kDepth) * round_up(N, kNr); }
+
+  template <class S>
+  static void pack(const S* b, int64_t ldb, int64_t K, int64_t N, T* packed) {
+    const int64_t depth = round_up(K, kDepth);
+    for (int64_t n = 0; n < N; n += kNr) {
+      pack_panel_pairs(b + n, ldb, K, std::min<int64_t>(kNr, N - n), depth, packed + n * depth);
+    }
+  }
+
+  template <class S>
+  static void pack_transposed(const S* bt, int64_t ldb, int64_t K, int64_t N, T* packed) {
+    const int64_t depth = round_up(K, kDepth);
+    for (int64_t n = 0; n < N; n += kNr) {
+      pack_panel_pairs_transposed(bt + n * ldb, ldb, K, std::min<int64_t>(kNr, N - n), depth, packed + n * depth);
+    }
+  }
+
+  static void multiply(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c, int64_t ldc,
+                       bool accumulate) {
+#if defined(FASTATTN_TARGET_AMX)
+    gemm_multiply_amx(a, lda, packed, M, N, K, c, ldc, accumulate);
+#else
+    gemm_multiply<GemmOpsBFloat16>(a, lda, packed, M, N, K, c, ldc, accumulate);
+#endif
+  }
+};
+
+#endif  // FASTATTN_TARGET_AVX512_BF16
+
+// GemmParams in params.h: pack B, convert A, multiply.
+template <class S>
+inline void gemm_product_of(const GemmParams& p) {
+  using T = GemmOperand<S>;
+  using G = Gemm<T>;
+  const S *a = static_cast<const S*>(p.a), *b = static_cast<const S*>(p.b);
+  ScratchCursor scratch(thread_scratch((G::packed_size(p.K, p.N) + p.M * p.K) * sizeof(T) + 128));
+  T* packed = scratch.take<T>(G::packed_size(p.K, p.N));
+  if (p.transposed) {
+    G::pack_transposed(b, p.ldb, p.K, p.N, packed);
+  } else {
+    G::pack(b, p.ldb, p.K, p.N, packed);
+  }
+  const T* operand = nullptr;
+  int64_t lda = p.lda;
+  if constexpr (std::is_same_v<S, T>) {
+    operand = a;
+  } else {
+    T* converted = scratch.take<T>(p.M * p.K);
+    for (int64_t m = 0; m < p.M; ++m) {
+      for (int64_t k = 0; k < p.K; ++k) converted[m * p.K + k] = to_acc(a[m * p.lda + k]);
+    }
+    operand = converted, lda = p.K;
+  }
+  for (int64_t i = 0; i < p.repeats; ++i) {
+    G::multiply(operand, lda, packed, p.M, p.N, p.K, static_cast<Acc<S>*>(p.c), p.ldc, p.accumulate);
+  }
+}
+
+inline void gemm_product(const GemmParams& p) {
+  dispatch(p.dtype, [&](auto* type) { gemm_product_of<std::remove_pointer_t<decltype(type)>>(p); });
+}
