@@ -1,0 +1,8 @@
+"""Every operation in readable PyTorch: the definition, the oracle of the tests and the fallback that runs anywhere."""
+
+from fastattn.reference.attention import attention
+from fastattn.reference.ffn import ffn, glu_ffn
+from fastattn.reference.norm import layer_norm, rms_norm
+from fastattn.reference.rope import rope
+
+__all__ = ["attention", "ffn", "glu_ffn", "layer_norm", "rms_norm", "rope"]

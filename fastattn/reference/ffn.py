@@ -1,0 +1,104 @@
+"""The feed-forward network in plain PyTorch, plain and gated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.reference.philox import matrix_dropout
+
+#: Position = the integer that the operators take.
+ACTIVATIONS: tuple[str, ...] = ("relu", "gelu", "gelu_tanh", "silu")
+#: Gated names and the activation of their gate (Shazeer, "GLU variants improve Transformer", 2020).
+GATED_ACTIVATIONS: dict[str, str] = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """As :func:`fastattn.ffn`: dropout(act(x w_inᵀ + b_in)) w_outᵀ + b_out."""
+    out = ffn_rows(
+        x.reshape(x.shape[:-1].numel(), x.shape[-1]),
+        w_in,
+        b_in,
+        None,
+        None,
+        w_out,
+        b_out,
+        activation=activation,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+    )
+    return out.reshape(*x.shape[:-1], w_out.shape[0])
+
+
+def glu_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    activation: str = "swiglu",
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """As :func:`fastattn.glu_ffn`: dropout(act(x w_gateᵀ + b_gate) · (x w_upᵀ + b_up)) w_downᵀ + b_down."""
+    out = ffn_rows(
+        x.reshape(x.shape[:-1].numel(), x.shape[-1]),
+        w_up,
+        b_up,
+        w_gate,
+        b_gate,
+        w_down,
+        b_down,
+        activation=GATED_ACTIVATIONS[activation],
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+    )
+    return out.reshape(*x.shape[:-1], w_down.shape[0])
+
+
+def ffn_rows(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    activation: str,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> Tensor:
+    """The operator's form on (M, K) rows: out (M, O)."""
+    act = FUNCTIONS[activation]
+    pre = F.linear(x, w_in, b_in)
+    hidden = act(pre) if w_gate is None else act(F.linear(x, w_gate, b_gate)) * pre
+    if dropout_p > 0:
+        assert rng_state is not None
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        factors = matrix_dropout(hidden.shape, dropout_p, rng_state, x.device).to(accumulate)
+        hidden = (hidden.to(accumulate) * factors).to(x.dtype)
+    return F.linear(hidden, w_out, b_out)
