@@ -90,8 +90,13 @@ class NinjaBuild(build_ext):
             f"{cxx} {' '.join(CXX_FLAGS)} {STABLE_ABI}",
             [
                 ("_C.so", core, includes, f"{cxx} -shared -Wl,-soname,_C.so", link),
-                (f"_native{suffix}", [ROOT / "csrc" / "native" / "native.cpp"], includes + python + defines,
-                 f"{cxx} -shared -Wl,-rpath,'$$ORIGIN'", "_C.so"),
+                (
+                    f"_native{suffix}",
+                    [ROOT / "csrc" / "native" / "native.cpp"],
+                    includes + python + defines,
+                    f"{cxx} -shared -Wl,-rpath,'$$ORIGIN'",
+                    "_C.so",
+                ),
             ],
         )
 
@@ -104,7 +109,9 @@ class NinjaBuild(build_ext):
         link = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10 -ldl"
         self.ninja("cuda", nvcc, [("_cuda.so", sources, includes, f"{find_nvcc()} -shared -cudart static", link)])
 
-    def ninja(self, name: str, compile_command: str, objects: list[tuple[str, list[Path], list[str], str, str]]) -> None:
+    def ninja(
+        self, name: str, compile_command: str, objects: list[tuple[str, list[Path], list[str], str, str]]
+    ) -> None:
         """``objects``: (file name, sources, extra compile flags, link command, libraries)."""
         build_dir = Path(self.build_temp).resolve() / name
         build_dir.mkdir(parents=True, exist_ok=True)

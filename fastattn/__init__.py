@@ -1,0 +1,48 @@
+"""fastattn: fast, exact softmax attention, feed-forward and normalization for PyTorch, on CPUs and GPUs.
+
+>>> import fastattn
+>>> out = fastattn.attention(q, k, v, causal=True)        # (batch, heads, seq, head_dim)
+>>> print(fastattn.explain(fastattn.attention, q, k, v))  # which implementation runs, and why
+
+``python -m fastattn info | explain | check | bench | demo`` on the command line.
+"""
+
+import sys as _sys
+
+__version__ = "0.1.0"
+
+#: Why the package could not be imported; only ever set under ``python -m fastattn``, so that ``info`` can report it.
+import_error: Exception | None = None
+
+try:
+    from fastattn import nn, ops, reference
+    from fastattn.ops import (
+        Explanation,
+        attention,
+        explain,
+        ffn,
+        glu_ffn,
+        layer_norm,
+        rms_norm,
+        rope,
+        scaled_dot_product_attention,
+    )
+except Exception as _error:
+    if _sys.orig_argv[1:3] != ["-m", "fastattn"]:
+        raise
+    import_error = _error
+
+__all__ = [
+    "Explanation",
+    "attention",
+    "explain",
+    "ffn",
+    "glu_ffn",
+    "layer_norm",
+    "nn",
+    "ops",
+    "reference",
+    "rms_norm",
+    "rope",
+    "scaled_dot_product_attention",
+]

@@ -127,3 +127,10 @@ void set_isa(Isa isa) {
 const std::string& isa_message() { return choice().message; }
 
 }  // namespace fastattn
+
+// The same facts for Python without the pybind11 module (fastattn/ops/_library.py, through ctypes).
+extern "C" {
+FASTATTN_API const char* fastattn_best_isa() { return fastattn::isa_name(fastattn::best_isa()); }
+FASTATTN_API const char* fastattn_current_isa() { return fastattn::isa_name(fastattn::current_isa()); }
+FASTATTN_API const char* fastattn_isa_message() { return fastattn::isa_message().c_str(); }
+}

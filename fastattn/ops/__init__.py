@@ -1,0 +1,19 @@
+"""The operations: each file validates, differentiates and chooses for one family."""
+
+from fastattn.ops._select import Explanation, explain
+from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.ffn import ffn, glu_ffn
+from fastattn.ops.norm import layer_norm, rms_norm
+from fastattn.ops.rope import rope
+
+__all__ = [
+    "Explanation",
+    "attention",
+    "explain",
+    "ffn",
+    "glu_ffn",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "scaled_dot_product_attention",
+]

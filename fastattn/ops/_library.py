@@ -13,6 +13,9 @@ an operator does not produce come back with shape ``(0,)``, since a schema has a
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,7 @@ from torch import Tensor
 
 SCHEMAS = {
     # q (B, H, Nq, D); k (B, Hk, Nk, D); v (B, Hk, Nk, Dv); attn_mask 4-D with each extent 1 or full, bool | q.dtype | float32;
-    # alibi_slopes (1 | B, H), sinks (H,) and lse (B, H, Nq) in the accumulation dtype; rng_state int64 (2,) = (seed, offset) on CPU.
+    # alibi_slopes (1 | B, H), sinks (H,) and lse (B, H, Nq) in the accumulation dtype; rng_state int64 (2,) = (seed, offset), CPU.
     # Key j is visible to row i iff  -window_left <= j - (i + diagonal) <= window_right,  -1 = unlimited.
     "attention_forward": (
         "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, float softmax_scale,"
@@ -157,6 +160,16 @@ FAKES: dict[str, Callable[..., object]] = {
     "rope": _fake_rope,
 }
 
+#: Operators that Triton implements, and the module of kernels/ that holds the launcher of the same name.
+TRITON_OPS = {
+    "attention_forward": "attention",
+    "attention_backward": "attention",
+    "norm_forward": "norm",
+    "norm_backward": "norm",
+    "ffn_forward": "ffn",
+    "ffn_backward": "ffn",
+}
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _library = torch.library.Library("fastattn", "DEF")
 load_errors: dict[str, str] = {}
@@ -167,31 +180,56 @@ def _define(name: str, op: str) -> None:
     torch.library.register_fake(f"fastattn::{name}", FAKES[op], lib=_library)
 
 
-def register_triton(op: str, launcher: Callable[..., object]) -> None:
-    """Make ``fastattn::triton_<op>`` run ``launcher`` on CUDA tensors, and on CPU tensors under Triton's interpreter."""
-    for key in ("CUDA", "CPU"):
-        _library.impl(f"triton_{op}", launcher, key)
+def _triton_stub(op: str, module: str) -> Callable[..., object]:
+    """Runs ``fastattn.kernels.<module>.<op>``; Triton is imported on the first call, not with the package."""
+
+    def launch(*args: object) -> object:
+        return getattr(importlib.import_module(f"fastattn.kernels.{module}"), op)(*args)
+
+    return launch
 
 
-def _load(name: str) -> bool:
+def _load(name: str) -> ctypes.CDLL | None:
     """Load ``fastattn/<name>.so``; on failure keep the reason for ``info`` and warn once if the file is there but broken."""
     path = _PACKAGE / f"{name}.so"
     if not path.exists():
         load_errors[name] = f"{path.name} is not built"
-        return False
+        return None
     try:
-        ctypes.CDLL(str(path))
-        return True
+        return ctypes.CDLL(str(path))
     except OSError as error:
         load_errors[name] = f"{path.name} does not load: {error}"
-        warnings.warn(f"fastattn: {load_errors[name]}; run `python -m fastattn info`", stacklevel=2)
-        return False
+        warnings.warn(f"fastattn: {load_errors[name]}; `python -m fastattn info` says more", stacklevel=2)
+        return None
+
+
+def _text(function: str) -> str:
+    """A fact of the C++ core: one of its ``const char* f()``."""
+    assert _core is not None
+    symbol = getattr(_core, function)
+    symbol.restype = ctypes.c_char_p
+    return symbol().decode()
 
 
 for _op in SCHEMAS:
     _define(_op, _op)
+for _op, _module in TRITON_OPS.items():
     _define(f"triton_{_op}", _op)
+    for _key in ("CUDA", "CPU"):
+        _library.impl(f"triton_{_op}", _triton_stub(_op, _module), _key)
 
-#: Which compiled libraries this process has.
-has_cpu = _load("_C")
-has_cuda = _load("_cuda")
+_core = _load("_C")
+#: Which implementations this process can load.
+has_cpu = _core is not None
+has_cuda = _load("_cuda") is not None
+has_triton = importlib.util.find_spec("triton") is not None
+triton_interprets = os.environ.get("TRITON_INTERPRET") == "1"
+#: Whether `auto` takes the C++ kernels: their scalar form is only for checking.
+cpu_is_fast = has_cpu and (_text("fastattn_best_isa") != "scalar" or os.environ.get("FASTATTN_ISA") == "scalar")
+if has_cpu and _text("fastattn_isa_message").endswith("ignored"):
+    warnings.warn(_text("fastattn_isa_message"), stacklevel=2)
+
+
+def current_isa() -> str | None:
+    """The instruction set that the C++ core uses now, None without the core."""
+    return _text("fastattn_current_isa") if has_cpu else None

@@ -1,0 +1,149 @@
+"""Which implementation runs a call: the ladder, asking by name, and explaining the choice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _library
+
+IMPLEMENTATIONS = ("cuda", "triton", "cpu", "reference")
+
+#: (operation, implementation, architecture) that a committed result file shows correct and not slower than the rung below.
+#: `auto` takes a GPU implementation only from here; asking by name always works.
+PROVEN_ON_GPU: frozenset[tuple[str, str, str]] = frozenset()
+
+#: A rung's answer for a call: None if it computes it, else the reason why not.
+WhyNot = Callable[[], str | None]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found. ``rungs``: (implementation, None if it could run the call, else the reason why not)."""
+
+    op: str
+    implementation: str
+    rungs: tuple[tuple[str, str | None], ...]
+    isa: str | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.implementation}" + (f" ({self.isa})" if self.implementation == "cpu" else "")]
+        for name, reason in self.rungs:
+            verdict = "chosen" if name == self.implementation else "could run it"
+            lines.append(f"  {name:<10} {verdict if reason is None else 'no: ' + reason}")
+        return "\n".join(lines)
+
+
+class _Explained(Exception):
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+_explaining = False
+
+
+def explain(function: Callable[..., object], *args: object, **kwargs: object) -> Explanation:
+    """Which implementation ``function(*args, **kwargs)`` would run and why; validates the arguments, computes nothing.
+
+    ``function`` is one of fastattn's operations, or anything that calls one: the first operation reached is explained.
+
+    >>> print(fastattn.explain(fastattn.attention, q, k, v, causal=True))
+    """
+    global _explaining
+    _explaining = True
+    try:
+        function(*args, **kwargs)
+    except _Explained as found:
+        return found.explanation
+    finally:
+        _explaining = False
+    raise ValueError(f"function: {getattr(function, '__name__', function)!r} reached no fastattn operation")
+
+
+def choose(op: str, implementation: str, device: torch.device, why_not: dict[str, WhyNot]) -> str:
+    """The implementation that runs this call.
+
+    ``why_not`` holds the op's own answer per rung; rungs missing from it are not built for the op. ``auto`` takes the first that
+    computes the call; a name computes or raises NotImplementedError. ``FASTATTN_IMPLEMENTATION`` replaces ``auto``.
+    """
+    if implementation == "auto":
+        implementation = os.environ.get("FASTATTN_IMPLEMENTATION", "auto")
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        allowed = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"implementation: got {implementation!r}, allowed are {allowed}")
+    if _explaining:
+        raise _Explained(_explanation(op, implementation, device, why_not))
+    if implementation != "auto":
+        reason = _reason(op, implementation, device, why_not, named=True)
+        if reason is not None:
+            raise NotImplementedError(f"{op}: implementation={implementation!r} does not take this call: {reason}")
+        return implementation
+    for name in IMPLEMENTATIONS:
+        if _reason(op, name, device, why_not, named=False) is None:
+            return name
+    raise AssertionError("the reference takes every valid call")
+
+
+def _explanation(op: str, implementation: str, device: torch.device, why_not: dict[str, WhyNot]) -> Explanation:
+    named = implementation != "auto"
+    rungs = tuple(
+        (name, _reason(op, name, device, why_not, named and name == implementation)) for name in IMPLEMENTATIONS
+    )
+    chosen = implementation if named else next(name for name, reason in rungs if reason is None)
+    return Explanation(op, chosen, rungs, _library.current_isa())
+
+
+def _reason(op: str, name: str, device: torch.device, why_not: dict[str, WhyNot], named: bool) -> str | None:
+    if name == "reference":
+        return None
+    if name not in why_not:
+        return f"not written for {op}"
+    platform = {"cuda": _no_cuda, "triton": _no_triton, "cpu": _no_cpu}[name](device)
+    if platform is not None:
+        return platform
+    reason = why_not[name]()
+    if reason is not None or named:
+        return reason
+    return _not_in_auto(op, name, device)
+
+
+def _no_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, not on a CUDA device"
+    return None if _library.has_cuda else _library.load_errors["_cuda"]
+
+
+def _no_triton(device: torch.device) -> str | None:
+    if not _library.has_triton:
+        return "triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and _library.triton_interprets):
+        return None
+    return f"the tensors are on {device.type} and Triton compiles for GPUs (TRITON_INTERPRET=1 runs it on CPU tensors)"
+
+
+def _no_cpu(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    return None if _library.has_cpu else _library.load_errors["_C"]
+
+
+def _not_in_auto(op: str, name: str, device: torch.device) -> str | None:
+    if name == "cpu":
+        return None if _library.cpu_is_fast else "this CPU has only the scalar kernels, which are for checking"
+    if device.type == "cpu":
+        return "the interpreter is for checking: ask for it by name"
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    if (op, name, arch) in PROVEN_ON_GPU:
+        return None
+    return f"no committed result shows it correct and not slower on {arch} yet: ask for it by name"
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its autograd.Function: a leaf wants a gradient, or forward-mode AD is running."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

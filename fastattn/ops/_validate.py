@@ -1,0 +1,75 @@
+"""Checks that several operations share. Every message names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def tensor(name: str, x: object, dim: int | None = None) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if dim is not None and x.dim() != dim:
+        raise ValueError(f"{name}: expected {dim} dimensions, got shape {tuple(x.shape)}")
+    return x
+
+
+def floating(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {x.dtype}, allowed are float64, float32, float16, bfloat16")
+
+
+def like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and device."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: dtype {x.dtype} differs from {other_name}'s {other.dtype}")
+    same_device(name, x, other_name, other)
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name}: on {x.device}, but {other_name} is on {other.device}")
+
+
+def shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
+
+
+def dropout(dropout_p: float) -> float:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}, allowed is 0 <= dropout_p < 1")
+    return float(dropout_p)
+
+
+def positive_finite(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: got {value}, allowed are positive finite numbers")
+    return float(value)
+
+
+def rng_state(state: Tensor | None, dropout_p: float) -> Tensor | None:
+    """The (seed, offset) of a call with dropout: the given one, or a fresh draw from torch's CPU generator."""
+    if dropout_p == 0:
+        return None
+    if state is None:
+        return torch.randint(0, 2**32, (2,), dtype=torch.int64)
+    if tensor("rng_state", state).dtype != torch.int64 or state.shape != (2,) or state.device.type != "cpu":
+        given = f"{state.dtype} {tuple(state.shape)} on {state.device}"
+        raise ValueError(f"rng_state: expected an int64 CPU tensor (seed, offset) of shape (2,), got {given}")
+    return state.contiguous()
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under ``torch.autocast`` cast floating tensors to its dtype, as torch does for matmuls; float64 stays."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )

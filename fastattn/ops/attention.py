@@ -1,0 +1,346 @@
+"""Softmax attention: validation, autograd and the ladder.
+
+Flash-style implementations keep O(N) memory: they save q, k, v, out and the log-sum-exp, and recompute probabilities in backward
+(Dao et al., "FlashAttention", 2022; Rabe & Staats, "Self-attention does not need O(n²) memory", 2021).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _validate
+from fastattn.ops._derivatives import pullback_of_gradient, pushforward
+from fastattn.ops._library import accumulation_dtype
+from fastattn.ops._select import choose, wants_gradient
+from fastattn.reference.attention import masked_attention
+
+__all__ = ["attention", "scaled_dot_product_attention"]
+
+
+class _Options(NamedTuple):
+    """The arguments of the operators that are not tensors, in the schema's order."""
+
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    diagonal: int
+    softcap: float
+    dropout_p: float
+
+
+def _operator(triton: bool, direction: str) -> Any:
+    return getattr(torch.ops.fastattn, f"triton_attention_{direction}" if triton else f"attention_{direction}")
+
+
+def _formula(options: _Options, rng_state: Tensor | None) -> Any:
+    return lambda *tensors: masked_attention(*tensors, **options._asdict(), rng_state=rng_state)
+
+
+class _Attention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, rng_state, triton = args[:8]
+        return _operator(triton, "forward")(*tensors, *args[8:], rng_state)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.rng_state, ctx.triton = inputs[:8]
+        ctx.options = inputs[8:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gradient = _AttentionGradient.apply if differentiable else _AttentionGradient.forward
+        wanted = tuple(ctx.needs_input_grad[3:6])
+        grads = gradient(dout, dlse, *tensors, out, lse, ctx.rng_state, ctx.triton, *wanted, *ctx.options)
+        kept = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:6], strict=True)]
+        return (*kept, *[None] * (2 + len(ctx.options)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        formula = _formula(_Options(*ctx.options), ctx.rng_state)
+        return pushforward(formula, ctx.saved_tensors[:6], tangents[:6])
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """The backward operator, itself differentiable once more through the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        dout, dlse, q, k, v, attn_mask, alibi_slopes, sinks, out, lse, rng_state, triton, *rest = args
+        wanted, options = rest[:3], rest[3:]
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        return _operator(triton, "backward")(
+            dout, dlse, q, k, v, out, lse, attn_mask, alibi_slopes, sinks, *options, rng_state, *wanted
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rng_state, ctx.wanted, ctx.options = inputs[10], inputs[12:15], inputs[15:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:8])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        dout, dlse, *inputs = ctx.saved_tensors
+        formula = _formula(_Options(*ctx.options), ctx.rng_state)
+        wanted = (True, True, True, *ctx.wanted)
+        onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dout, dlse), upstream)
+        # out and lse are functions of the inputs here, so their share is already in onto_inputs.
+        return (*onto_cotangents, *onto_inputs, *[None] * (7 + len(ctx.options)))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention, softmax(softmax_scale · q kᵀ + …) v, in O(N) memory.
+
+    Row i sees key j iff ``-left <= j - (i + Nk - Nq) <= right``: windows and ``causal`` (right = 0) are aligned to the
+    *bottom right*, so that with a KV cache the last query sees the last key. (``scaled_dot_product_attention(is_causal=True)``
+    is aligned to the top left, as torch documents.) In order: scores are scaled, capped, the mask and the ALiBi term added.
+
+    Args:
+        q: (B, H, Nq, D). k: (B, Hk, Nk, D). v: (B, Hk, Nk, Dv). One dtype of float64/32/16 or bfloat16, one device; D, Dv >= 1.
+            H is a multiple of Hk (grouped-query attention: query head h reads key head h // (H / Hk)). Strides are free as long as
+            the last dimension is contiguous (otherwise it is copied).
+        attn_mask: broadcastable to (B, H, Nq, Nk). Boolean: True = visible. Floating (q's dtype or float32): added to the scores;
+            its gradient is computed if it requires one.
+        causal: no key after the query's position.
+        window_size: (left, right) keys around the query's position, -1 = unlimited (Beltagy et al., "Longformer", 2020).
+        softcap: > 0: scores become softcap · tanh(score / softcap) (Gemma 2, 2024). 0: off.
+        alibi_slopes: (H,) or (B, H): adds -slope · |i + Nk - Nq - j| (Press et al., "ALiBi", 2021). Differentiable.
+        sinks: (H,): one more logit per head in the softmax's denominator, without a value (gpt-oss, 2025). Differentiable.
+        softmax_scale: default 1 / sqrt(D). Positive and finite.
+        dropout_p: in [0, 1): probability of dropping each attention weight, the others scaled by 1 / (1 - p).
+        rng_state: int64 (seed, offset) on the CPU that determines the dropout mask; drawn from torch's CPU generator if None.
+        return_lse: also return the log-sum-exp.
+        implementation: auto | cuda | triton | cpu | reference. A name computes or raises.
+
+    Returns:
+        out (B, H, Nq, Dv) in q's dtype and memory order; with ``return_lse`` also lse (B, H, Nq), natural logarithm of the
+        softmax's denominator, float32 (float64 for float64), with its own gradient. A row that sees no key gives zeros,
+        lse = -inf (the sink's logit if there is one) and zero gradients.
+
+    Raises:
+        ValueError, TypeError: naming the argument; NotImplementedError: the named implementation does not take the call.
+    """
+    q, k, v = _validate.autocast(getattr(getattr(q, "device", None), "type", "cpu"), q, k, v)  # type: ignore[assignment]
+    _check_qkv(q, k, v)
+    left, right = _check_window(window_size)
+    options = _Options(
+        1 / math.sqrt(q.shape[3])
+        if softmax_scale is None
+        else _validate.positive_finite("softmax_scale", softmax_scale),
+        left,
+        0 if causal else right,
+        k.shape[2] - q.shape[2],
+        _check_softcap(softcap),
+        _validate.dropout(dropout_p),
+    )
+    out, lse = _attend(q, k, v, attn_mask, alibi_slopes, sinks, rng_state, options, implementation)
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, same signature and meaning, on fastattn's implementations.
+
+    query (N, ..., Hq, L, E), key (N, ..., H, S, E), value (N, ..., H, S, Ev): any number of leading dimensions, broadcast against
+    each other. ``attn_mask`` broadcasts to (N, ..., Hq, L, S), boolean (True = attend) or floating. ``is_causal`` is aligned to the
+    *top left* and excludes ``attn_mask``. ``dropout_p`` applies whenever it is > 0. ``enable_gqa`` lets Hq be a multiple of H.
+    See :func:`attention` for the bottom-right alignment and the other options.
+
+    One difference: a row whose keys are all masked gives zeros here, where torch's result (NaN or zeros) depends on its backend.
+    """
+    device_type = getattr(getattr(query, "device", None), "type", "cpu")
+    query, key, value = _validate.autocast(device_type, query, key, value)  # type: ignore[assignment]
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if _validate.tensor(name, x).dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask: must be None when is_causal=True")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, allowed are finite numbers")
+
+    heads_dim = 1 if min(query.dim(), key.dim(), value.dim()) >= 3 else 0
+    try:
+        lead = torch.broadcast_shapes(*(x.shape[: -2 - (heads_dim if enable_gqa else 0)] for x in (query, key, value)))
+    except RuntimeError:
+        raise ValueError(
+            "query, key, value: leading dimensions do not broadcast: "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        ) from None
+    tail = 3 if enable_gqa and heads_dim else 2
+    q, k, v = (_as_4d(x.expand(*lead, *x.shape[-tail:])) for x in (query, key, value))
+    out_lead = (*lead, query.shape[-3]) if tail == 3 else lead
+    if not enable_gqa and q.shape[1] != k.shape[1]:
+        raise ValueError(f"key: {k.shape[1]} heads but query has {q.shape[1]}; pass enable_gqa=True")
+    _check_qkv(q, k, v, ("query", "key", "value"))
+    options = _Options(
+        1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+        -1,
+        0 if is_causal else -1,
+        0,
+        0.0,
+        _validate.dropout(dropout_p),
+    )
+    mask = None if attn_mask is None else _mask_as_4d(attn_mask, out_lead, q.shape[2], k.shape[2])
+    out, _ = _attend(q, k, v, mask, None, None, None, options, "auto")
+    return out.reshape(*out_lead, *out.shape[-2:])
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    rng_state: Tensor | None,
+    options: _Options,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    accumulate = accumulation_dtype(q.dtype)
+    if attn_mask is not None:
+        attn_mask = _check_mask(attn_mask, q, k)
+    if alibi_slopes is not None:
+        alibi_slopes = _check_per_head("alibi_slopes", alibi_slopes, q, ((q.shape[1],), (q.shape[0], q.shape[1])))
+        alibi_slopes = alibi_slopes.to(accumulate).reshape(-1, q.shape[1])
+    if sinks is not None:
+        sinks = _check_per_head("sinks", sinks, q, ((q.shape[1],),)).to(accumulate)
+
+    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, v)}
+    chosen = choose("attention", implementation, q.device, why_not)
+    rng_state = _validate.rng_state(rng_state, options.dropout_p)
+    if chosen == "reference":
+        return masked_attention(q, k, v, attn_mask, alibi_slopes, sinks, **options._asdict(), rng_state=rng_state)
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    tensors = (q, k, v, attn_mask, alibi_slopes, sinks)
+    triton = chosen == "triton"
+    if wants_gradient(*tensors):
+        return _Attention.apply(*tensors, rng_state, triton, *options)
+    return _operator(triton, "forward")(*tensors, *options, rng_state)
+
+
+def _triton_why_not(q: Tensor, v: Tensor) -> str | None:
+    if q.dtype == torch.float64:
+        return "float64 (Triton kernels accumulate in float32)"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"head_dim {max(q.shape[3], v.shape[3])} is over 256"
+    return None
+
+
+def _as_4d(x: Tensor) -> Tensor:
+    """(..., H, L, E) to (batch, H, L, E); a view where strides allow."""
+    if x.dim() == 2:
+        return x.unsqueeze(0).unsqueeze(0)
+    return x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
+
+
+def _mask_as_4d(mask: Tensor, lead: tuple[int, ...], rows: int, columns: int) -> Tensor:
+    """A mask that broadcasts to (*lead, rows, columns) as 4-D, expanding only what the flattened batch makes necessary."""
+    _validate.tensor("attn_mask", mask)
+    if mask.dim() <= 4 and len(lead) <= 2:
+        return mask
+    try:
+        return _as_4d(mask.expand(*lead, *mask.shape[-2:]) if mask.dim() >= 2 else mask.expand(*lead, rows, columns))
+    except RuntimeError:
+        raise ValueError(
+            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to {(*lead, rows, columns)}"
+        ) from None
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+    for name, x in zip(names, (q, k, v), strict=True):
+        _validate.floating(name, _validate.tensor(name, x, 4))
+        _validate.like(name, x, names[0], q)
+        if x.shape[3] < 1:
+            raise ValueError(f"{name}: head_dim is 0, shape {tuple(x.shape)}")
+    batch, heads, _, head_dim = q.shape
+    key_heads = k.shape[1]
+    if (heads % key_heads if key_heads else heads) != 0:
+        raise ValueError(f"{names[1]}: {key_heads} heads do not divide {names[0]}'s {heads}")
+    _validate.shape(names[1], k, (batch, key_heads, k.shape[2], head_dim))
+    _validate.shape(names[2], v, (batch, key_heads, k.shape[2], v.shape[3]))
+
+
+def _check_window(window_size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        left, right = (int(side) for side in window_size)
+    except (TypeError, ValueError):
+        raise ValueError(f"window_size: expected two integers (left, right), got {window_size!r}") from None
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size: got {window_size}, allowed are integers >= 0, or -1 for unlimited")
+    return left, right
+
+
+def _check_softcap(softcap: float) -> float:
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap: got {softcap}, allowed are finite numbers >= 0 (0 = off)")
+    return float(softcap)
+
+
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The mask as 4-D with each extent 1 or full and a unit last stride."""
+    _validate.same_device("attn_mask", _validate.tensor("attn_mask", mask), "q", q)
+    allowed = (torch.bool, q.dtype, accumulation_dtype(q.dtype))
+    if mask.dtype not in allowed:
+        raise TypeError(
+            f"attn_mask: got dtype {mask.dtype}, allowed are {', '.join(str(d) for d in dict.fromkeys(allowed))}"
+        )
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    given = tuple(mask.shape)
+    if mask.dim() > 4 or any(m not in (1, f) for m, f in zip(given[::-1], full[::-1], strict=False)):
+        raise ValueError(f"attn_mask: shape {given} does not broadcast to (B, H, Nq, Nk) = {full}")
+    mask = mask.reshape((1,) * (4 - mask.dim()) + given)
+    if not mask.requires_grad:
+        # An expanded dimension is the same line again: read it once.
+        for dim in range(4):
+            if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+                mask = mask.narrow(dim, 0, 1)
+    return mask if mask.stride(3) == 1 or mask.shape[3] == 1 else mask.contiguous()
+
+
+def _check_per_head(name: str, x: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Tensor:
+    _validate.floating(name, _validate.tensor(name, x))
+    _validate.same_device(name, x, "q", q)
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
+    return x

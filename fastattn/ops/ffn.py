@@ -1,0 +1,222 @@
+"""The feed-forward network, plain and gated: validation, autograd and the ladder.
+
+(Vaswani et al., "Attention is all you need", 2017, §3.3; Shazeer, "GLU variants improve Transformer", 2020.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _validate
+from fastattn.ops._derivatives import pullback_of_gradient, pushforward
+from fastattn.ops._select import choose, wants_gradient
+from fastattn.reference.ffn import ACTIVATIONS, GATED_ACTIVATIONS, ffn_rows
+
+__all__ = ["ffn", "glu_ffn"]
+
+
+class _Options(NamedTuple):
+    activation: int
+    dropout_p: float
+
+
+def _operator(triton: bool, direction: str) -> Any:
+    return getattr(torch.ops.fastattn, f"triton_ffn_{direction}" if triton else f"ffn_{direction}")
+
+
+def _formula(options: _Options, rng_state: Tensor | None) -> Any:
+    activation = ACTIVATIONS[options.activation]
+    return lambda *tensors: (
+        ffn_rows(*tensors, activation=activation, dropout_p=options.dropout_p, rng_state=rng_state),
+    )
+
+
+class _FFN(torch.autograd.Function):
+    """(x, w_in, b_in, w_gate, b_gate, w_out, b_out) -> (out, pre, gate); pre and gate are what backward needs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, rng_state, triton, activation, dropout_p = args
+        return _operator(triton, "forward")(*tensors, activation, dropout_p, rng_state, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.rng_state, ctx.triton, activation, dropout_p = inputs
+        ctx.options = (activation, dropout_p)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
+        *tensors, pre, gate = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:7]
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gradient = _FFNGradient.apply if differentiable else _FFNGradient.forward
+        wanted = (needs[0], any(needs[i] for i in (1, 3, 5)), any(needs[i] for i in (2, 4, 6)))
+        grads = gradient(dout, *tensors, pre, gate, ctx.rng_state, ctx.triton, *wanted, *ctx.options)
+        return (*[g if need else None for g, need in zip(grads, needs, strict=True)], None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        (dout,) = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), ctx.saved_tensors[:7], tangents[:7])
+        return dout, None, None
+
+
+class _FFNGradient(torch.autograd.Function):
+    """The backward operator, itself differentiable once more through the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        dout, x, w_in, _, w_gate, _, w_out, _, pre, gate, rng_state, triton, *rest = args
+        wanted, options = rest[:3], rest[3:]
+        return _operator(triton, "backward")(
+            dout.contiguous(), x, w_in, w_gate, w_out, pre, gate, *options, rng_state, *wanted
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rng_state, ctx.wanted, ctx.options = inputs[10], inputs[12:15], inputs[15:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:8])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        dout, *inputs = ctx.saved_tensors
+        x_grad, weight_grad, bias_grad = ctx.wanted
+        wanted = [
+            present and asked
+            for present, asked in zip(
+                [t is not None for t in inputs],
+                (x_grad, weight_grad, bias_grad, weight_grad, bias_grad, weight_grad, bias_grad),
+                strict=True,
+            )
+        ]
+        formula = _formula(_Options(*ctx.options), ctx.rng_state)
+        onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dout,), upstream)
+        return (*onto_cotangents, *onto_inputs, *[None] * 9)
+
+
+def ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """The feed-forward network ``dropout(act(x w_inᵀ + b_in)) w_outᵀ + b_out``.
+
+    Args:
+        x: (..., K), float64/32/16 or bfloat16; everything below has its dtype and device.
+        w_in: (F, K), w_out: (O, F), b_in: (F,), b_out: (O,): laid out as ``nn.Linear``'s.
+        activation: relu | gelu (exact, erf) | gelu_tanh | silu.
+        dropout_p: in [0, 1), on the hidden units. rng_state: as in :func:`fastattn.attention`.
+        implementation: auto | triton | cpu | reference.
+
+    Returns:
+        (..., O) in x's dtype. Training keeps the pre-activations (M · F) for backward.
+
+    Raises:
+        ValueError, TypeError: naming the argument; NotImplementedError: the named implementation does not take the call.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(ACTIVATIONS)}")
+    names = ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
+    options = _Options(ACTIVATIONS.index(activation), dropout_p)
+    return _feed_forward("ffn", names, (x, w_in, b_in, None, None, w_out, b_out), options, rng_state, implementation)
+
+
+def glu_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    activation: str = "swiglu",
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """The gated feed-forward network ``dropout(act(x w_gateᵀ + b_gate) · (x w_upᵀ + b_up)) w_downᵀ + b_down``.
+
+    w_gate, w_up: (F, K); w_down: (O, F). activation: swiglu | geglu | geglu_tanh | reglu. Everything else as :func:`ffn`.
+    """
+    if activation not in GATED_ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(GATED_ACTIVATIONS)}")
+    names = ("w_up", "b_up", "w_gate", "b_gate", "w_down", "b_down")
+    options = _Options(ACTIVATIONS.index(GATED_ACTIVATIONS[activation]), dropout_p)
+    return _feed_forward(
+        "glu_ffn", names, (x, w_up, b_up, w_gate, b_gate, w_down, b_down), options, rng_state, implementation
+    )
+
+
+def _feed_forward(
+    op: str,
+    names: tuple[str, ...],
+    tensors: tuple[Tensor | None, ...],
+    options: _Options,
+    rng_state: Tensor | None,
+    implementation: str,
+) -> Tensor:
+    x = _validate.tensor("x", tensors[0])
+    tensors = _validate.autocast(x.device.type, *tensors)
+    x = _check(names, tensors, gated=op == "glu_ffn")
+    _validate.dropout(options.dropout_p)
+    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(x)}
+    chosen = choose(op, implementation, x.device, why_not)
+    rng_state = _validate.rng_state(rng_state, options.dropout_p)
+
+    rows = math.prod(x.shape[:-1])
+    matrices = (x.reshape(rows, x.shape[-1]), *tensors[1:])
+    if chosen == "reference":
+        (out,) = _formula(options, rng_state)(*matrices)
+    else:
+        dense = [t if t is None else t.contiguous() for t in matrices]
+        triton = chosen == "triton"
+        if wants_gradient(*dense):
+            out, _, _ = _FFN.apply(*dense, rng_state, triton, *options)
+        else:
+            out, _, _ = _operator(triton, "forward")(*dense, *options, rng_state, False)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _triton_why_not(x: Tensor) -> str | None:
+    return "float64 (Triton kernels accumulate in float32)" if x.dtype == torch.float64 else None
+
+
+def _check(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], gated: bool) -> Tensor:
+    x, w_in, b_in, w_gate, b_gate, w_out, b_out = tensors
+    x = _validate.tensor("x", x)
+    _validate.floating("x", x)
+    if x.dim() < 1:
+        raise ValueError("x: expected at least 1 dimension, got a scalar")
+    hidden = _validate.tensor(names[0], w_in, 2).shape[0]
+    outputs = _validate.tensor(names[4], w_out, 2).shape[0]
+    expected: dict[int, tuple[int, ...]] = {0: (hidden, x.shape[-1]), 1: (hidden,), 4: (outputs, hidden), 5: (outputs,)}
+    if gated:
+        _validate.tensor(names[2], w_gate, 2)
+        expected |= {2: (hidden, x.shape[-1]), 3: (hidden,)}
+    for index, shape in expected.items():
+        parameter = tensors[1 + index]
+        if parameter is None and index in (1, 3, 5):
+            continue
+        parameter = _validate.tensor(names[index], parameter)
+        _validate.shape(names[index], parameter, shape)
+        _validate.like(names[index], parameter, "x", x)
+    return x

@@ -1,0 +1,274 @@
+"""Layer and RMS normalization with dropout and residual add fused in front: validation, autograd and the ladder.
+
+(Ba et al., "Layer normalization", 2016; Zhang & Sennrich, "Root mean square layer normalization", 2019.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _validate
+from fastattn.ops._derivatives import pullback_of_gradient, pushforward
+from fastattn.ops._select import choose, wants_gradient
+from fastattn.reference.norm import norm_rows
+
+__all__ = ["layer_norm", "rms_norm"]
+
+
+class _Options(NamedTuple):
+    eps: float
+    rms: bool
+    dropout_p: float
+
+
+def _operator(triton: bool, direction: str) -> Any:
+    return getattr(torch.ops.fastattn, f"triton_norm_{direction}" if triton else f"norm_{direction}")
+
+
+def _formula(options: _Options, rng_state: Tensor | None) -> Any:
+    return lambda *tensors: norm_rows(*tensors, **options._asdict(), rng_state=rng_state)
+
+
+class _Norm(torch.autograd.Function):
+    """(x, residual, weight, bias) -> (y, h, mean, rstd); h is (0,) where it would equal x. Statistics carry no gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        x, residual, weight, bias, rng_state, triton, *options = args
+        return _operator(triton, "forward")(x, residual, weight, bias, *options, rng_state)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, residual, weight, bias, ctx.rng_state, ctx.triton, *options = inputs
+        _, h, mean, rstd = output
+        ctx.options = tuple(options)
+        ctx.changed = residual is not None or ctx.options[2] > 0
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, residual, weight, bias, h, mean, rstd)
+        ctx.save_for_forward(x, residual, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        x, residual, weight, bias, h, mean, rstd = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(x)
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gradient = _NormGradient.apply if differentiable else _NormGradient.forward
+        needs = ctx.needs_input_grad
+        saved = h if ctx.changed else x
+        dh = dh if ctx.changed else None
+        grads = gradient(
+            dy,
+            dh,
+            x,
+            residual,
+            weight,
+            bias,
+            saved,
+            mean,
+            rstd,
+            ctx.rng_state,
+            ctx.triton,
+            needs[2],
+            needs[3],
+            *ctx.options,
+        )
+        total, dx, dweight, dbias = grads
+        dropped = ctx.options[2] > 0
+        return (
+            (dx if dropped else total) if needs[0] else None,
+            total if needs[1] else None,
+            dweight if needs[2] else None,
+            dbias if needs[3] else None,
+            *[None] * (2 + len(ctx.options)),
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        dy, dh = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), ctx.saved_tensors[:4], tangents[:4])
+        return dy, dh if ctx.changed else dh.new_zeros(0), None, None
+
+
+class _NormGradient(torch.autograd.Function):
+    """The backward operator, itself differentiable once more through the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        dy, dh, x, residual, weight, bias, h, mean, rstd, rng_state, triton, weight_grad, bias_grad, *options = args
+        eps, rms, dropout_p = options
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        if dh is not None and dh.stride(-1) != 1:
+            dh = dh.contiguous()
+        return _operator(triton, "backward")(
+            dy, dh, h, weight, mean, rstd, rms, dropout_p, rng_state, weight_grad, bias_grad
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rng_state, ctx.wanted, ctx.options = inputs[9], inputs[11:13], inputs[13:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        dy, dh, *inputs = ctx.saved_tensors
+        formula = _formula(_Options(*ctx.options), ctx.rng_state)
+        total, dx, dweight, dbias = upstream
+        dropped = ctx.options[2] > 0
+        # The operator's first result is the gradient of h: of the residual if there is one, and of x unless dropout scaled it.
+        through_residual = inputs[1] is not None
+        arriving = (dx if dropped else (None if through_residual else total), total if through_residual else None)
+        wanted = (True, through_residual, *ctx.wanted)
+        onto_inputs, onto_cotangents = pullback_of_gradient(
+            formula, inputs, wanted, (dy, dh), (*arriving, dweight, dbias)
+        )
+        return (*onto_cotangents, *onto_inputs, *[None] * (7 + len(ctx.options)))
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    return_residual: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer normalization, ``(h - mean(h)) / sqrt(var(h) + eps) · weight + bias`` with ``h = dropout(x) + residual``.
+
+    Positional arguments as ``torch.nn.functional.layer_norm``. Mean and (biased) variance run over the last
+    ``len(normalized_shape)`` dimensions, in float32 (float64 for float64).
+
+    Args:
+        x: (..., *normalized_shape), float64/32/16 or bfloat16.
+        weight, bias: normalized_shape, in x's dtype or float32; None: 1 and 0.
+        eps: added to the variance; >= 0.
+        residual: x's shape and dtype, added after dropout. Its sum is rounded to x's dtype before the norm, as eager code does.
+        dropout_p: in [0, 1), on x. rng_state: as in :func:`fastattn.attention`.
+        return_residual: also return h (x itself if there is neither residual nor dropout).
+        implementation: auto | cuda | triton | cpu | reference.
+
+    Returns:
+        y in x's shape and dtype, or (y, h).
+
+    Raises:
+        ValueError, TypeError: naming the argument; NotImplementedError: the named implementation does not take the call.
+    """
+    options = _Options(eps, False, dropout_p)
+    return _norm(
+        "layer_norm", x, normalized_shape, weight, bias, residual, rng_state, return_residual, implementation, options
+    )
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    return_residual: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS normalization, ``h / sqrt(mean(h²) + eps) · weight`` with ``h = dropout(x) + residual``.
+
+    Positional arguments as ``torch.nn.functional.rms_norm``: eps None is the machine epsilon of x's dtype. Everything else as
+    :func:`layer_norm`.
+    """
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else 0.0
+    options = _Options(eps, True, dropout_p)
+    return _norm(
+        "rms_norm", x, normalized_shape, weight, None, residual, rng_state, return_residual, implementation, options
+    )
+
+
+def _norm(
+    op: str,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rng_state: Tensor | None,
+    return_residual: bool,
+    implementation: str,
+    options: _Options,
+) -> Tensor | tuple[Tensor, Tensor]:
+    shape = _check(x, normalized_shape, weight, bias, residual, options)
+    why_not = {"cuda": lambda: None, "cpu": lambda: None, "triton": lambda: _triton_why_not(x)}
+    chosen = choose(op, implementation, x.device, why_not)
+    rng_state = _validate.rng_state(rng_state, options.dropout_p)
+
+    columns = math.prod(shape)
+    rows = math.prod(x.shape[: x.dim() - len(shape)])
+    flat = x.reshape(rows, columns)
+    flat_residual = None if residual is None else residual.reshape(rows, columns)
+    flat_weight = None if weight is None else weight.reshape(columns)
+    flat_bias = None if bias is None else bias.reshape(columns)
+    if chosen == "reference":
+        y, h = norm_rows(flat, flat_residual, flat_weight, flat_bias, **options._asdict(), rng_state=rng_state)
+    else:
+        tensors = [
+            t if t is None or t.stride(-1) == 1 else t.contiguous()
+            for t in (flat, flat_residual, flat_weight, flat_bias)
+        ]
+        triton = chosen == "triton"
+        if wants_gradient(*tensors):
+            y, h, _, _ = _Norm.apply(*tensors, rng_state, triton, *options)
+        else:
+            y, h, _, _ = _operator(triton, "forward")(*tensors, *options, rng_state)
+    y = y.reshape(x.shape)
+    if not return_residual:
+        return y
+    return y, x if residual is None and options.dropout_p == 0 else h.reshape(x.shape)
+
+
+def _triton_why_not(x: Tensor) -> str | None:
+    return "float64 (Triton kernels accumulate in float32)" if x.dtype == torch.float64 else None
+
+
+def _check(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: _Options,
+) -> tuple[int, ...]:
+    _validate.floating("x", _validate.tensor("x", x))
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or len(shape) > x.dim() or tuple(x.shape[x.dim() - len(shape) :]) != shape:
+        raise ValueError(f"normalized_shape: {shape} is not the end of x's shape {tuple(x.shape)}")
+    if not (math.isfinite(options.eps) and options.eps >= 0):
+        raise ValueError(f"eps: got {options.eps}, allowed are finite numbers >= 0")
+    _validate.dropout(options.dropout_p)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        _validate.shape(name, _validate.tensor(name, parameter), shape)
+        _validate.same_device(name, parameter, "x", x)
+        if parameter.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{name}: got dtype {parameter.dtype}, allowed are {x.dtype} and torch.float32")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"bias: dtype {bias.dtype} differs from weight's {weight.dtype}")
+    if residual is not None:
+        _validate.shape("residual", _validate.tensor("residual", residual), tuple(x.shape))
+        _validate.like("residual", residual, "x", x)
+    return shape

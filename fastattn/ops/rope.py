@@ -1,0 +1,88 @@
+"""Rotary position embedding (Su et al., "RoFormer: enhanced Transformer with rotary position embedding", 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.ops import _validate
+from fastattn.ops._library import accumulation_dtype
+from fastattn.ops._select import choose, wants_gradient
+
+__all__ = ["rope"]
+
+
+class _Rope(torch.autograd.Function):
+    """The operator is linear in x: its gradient and its tangent are rotations by the opposite and the same angle."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool) -> Tensor:
+        return torch.ops.fastattn.rope(x, cos, sin, interleaved, conjugate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, cos, sin, ctx.interleaved, ctx.conjugate = inputs
+        ctx.save_for_backward(cos, sin)
+        ctx.save_for_forward(cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        return _Rope.apply(dy, cos, sin, ctx.interleaved, not ctx.conjugate), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dcos: Any, dsin: Any, *_: Any) -> Tensor:
+        cos, sin = ctx.saved_tensors
+        return torch.ops.fastattn.rope(dx.contiguous(), cos, sin, ctx.interleaved, ctx.conjugate)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, implementation: str = "auto") -> Tensor:
+    """Rotate pairs of channels of x by the angles whose cosines and sines are given.
+
+    ``(a, b) -> (a cos - b sin, b cos + a sin)`` with ``(a, b) = (x[i], x[i + R/2])``, or ``(x[2i], x[2i + 1])`` if
+    ``interleaved``; i < R/2. Channels from R on are copied (partial rotation).
+
+    Args:
+        x: (B, H, N, D), float64/32/16 or bfloat16; any strides with a contiguous last dimension are read in place.
+        cos, sin: (N, R/2) or (B, N, R/2) with R ≤ D even, floating; computed with in float32 (float64 for float64 x). They are
+            constants: asking for their gradient raises.
+        interleaved: pairs of neighbours (GPT-J, the original Llama weights) instead of halves (GPT-NeoX, transformers' Llama).
+        implementation: auto | cpu | reference.
+
+    Returns:
+        The rotated tensor, (B, H, N, D) in x's dtype. Its gradient is the rotation by the opposite angle.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or device; NotImplementedError: the named implementation cannot.
+    """
+    _validate.floating("x", _validate.tensor("x", x, 4))
+    batch, _, rows, head_dim = x.shape
+    for name, angle in (("cos", cos), ("sin", sin)):
+        _validate.floating(name, _validate.tensor(name, angle))
+        _validate.same_device(name, angle, "x", x)
+        if angle.requires_grad:
+            raise NotImplementedError(f"{name}: requires a gradient, but the angles of rope are constants; detach it")
+        fits = angle.dim() in (2, 3) and angle.shape[-2] == rows and 2 * angle.shape[-1] <= head_dim
+        if not fits or (angle.dim() == 3 and angle.shape[0] not in (1, batch)):
+            raise ValueError(
+                f"{name}: expected ({rows}, R/2) or ({batch}, {rows}, R/2) with R <= {head_dim}, got {tuple(angle.shape)}"
+            )
+    if cos.shape != sin.shape:
+        raise ValueError(f"sin: shape {tuple(sin.shape)} differs from cos's {tuple(cos.shape)}")
+
+    chosen = choose("rope", implementation, x.device, {"cpu": lambda: None})
+    if chosen == "reference":
+        return reference.rope(x, cos, sin, interleaved=interleaved)
+    accumulate = accumulation_dtype(x.dtype)
+    angles = [(a if a.dim() == 3 else a.unsqueeze(0)).to(accumulate).contiguous() for a in (cos, sin)]
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if wants_gradient(x):
+        return _Rope.apply(x, *angles, interleaved, False)
+    return torch.ops.fastattn.rope(x, *angles, interleaved, False)
