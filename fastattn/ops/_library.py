@@ -194,6 +194,8 @@ def _load(name: str) -> ctypes.CDLL | None:
     path = _PACKAGE / f"{name}.so"
     if not path.exists():
         load_errors[name] = f"{path.name} is not built"
+        if name == "_C":
+            warnings.warn("fastattn: the C++ core is not built, CPU tensors take plain PyTorch", stacklevel=2)
         return None
     try:
         return ctypes.CDLL(str(path))
