@@ -1,0 +1,81 @@
+"""When the work of several modules may become one call.
+
+A fused call reads the parameters of a module without calling the module. That is the same computation only if calling it
+would do nothing else: no hook, no forward of its own (an adapter, a quantized layer), no weight that is more than numbers
+in memory (a sharded or quantized tensor subclass). Everything that does not pass is called as a module, as torch.nn does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as module_globals
+
+
+def runs_only(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether calling ``module`` runs ``cls.forward`` and nothing else (no hooks, no forward of its own)."""
+    return (
+        isinstance(module, cls)
+        and type(module).forward is cls.forward
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and not (
+            module_globals._global_forward_hooks
+            or module_globals._global_forward_pre_hooks
+            or module_globals._global_backward_hooks
+            or module_globals._global_backward_pre_hooks
+        )
+    )
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether ``module`` is a Linear whose weight and bias are ordinary tensors and whose call is x Wᵀ + b, no more."""
+    return runs_only(module, nn.Linear) and all(
+        p is None or type(p) in (nn.Parameter, Tensor) for p in (module.weight, module.bias)
+    )
+
+
+def dropout_probability(module: Any) -> float | None:
+    """The probability with which ``module`` drops now (0 in evaluation), or None if it must be called itself.
+
+    p = 1 is None: it drops everything, which fastattn's operators (p < 1) do not express.
+    """
+    if not runs_only(module, nn.Dropout):
+        return 0.0 if runs_only(module, nn.Identity) else None
+    if not module.training:
+        return 0.0
+    return float(module.p) if module.p < 1 else None
+
+
+def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The name ``fastattn.ffn`` has for ``activation`` (a function, a module or a partial), or None if it has none."""
+    if isinstance(activation, nn.Module):
+        if runs_only(activation, nn.ReLU):
+            return "relu"
+        if runs_only(activation, nn.SiLU):
+            return "silu"
+        if runs_only(activation, nn.GELU):
+            return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+        return None
+    if isinstance(activation, functools.partial):
+        if activation.func is F.gelu and not activation.args and activation.keywords == {"approximate": "tanh"}:
+            return "gelu_tanh"
+        return None
+    if activation in (F.relu, torch.relu):
+        return "relu"
+    if activation is F.gelu:
+        return "gelu"
+    return "silu" if activation is F.silu else None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which matrix products run under the autocast that is active for x's device, None without autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,0 +1,290 @@
+"""MultiheadAttention: torch.nn's module computed by :func:`fastattn.attention`, in memory linear in the sequence length."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastattn.ops._library import accumulation_dtype
+from fastattn.ops.attention import attention
+
+__all__ = ["MultiheadAttention"]
+
+_HIDDEN = float("-inf")
+
+
+def _check_mask(name: str, mask: Tensor | None, allowed_dims: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"{name} must be boolean (True = hidden) or floating point (added to the scores), got {mask.dtype}"
+        )
+    if mask.dim() not in allowed_dims:
+        dims = " or ".join(f"{n}-D" for n in allowed_dims)
+        raise ValueError(f"{name} must be {dims} for these inputs, got shape {tuple(mask.shape)}")
+
+
+def _merge_masks(key_padding: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """One mask for :func:`fastattn.attention` out of torch.nn's two.
+
+    Args:
+        key_padding: (B, 1, 1, S) or None.
+        mask: (1, 1, L, S), (B, H, L, S) or None; like ``key_padding`` boolean with True = hidden, or added to the scores.
+        dtype: of the queries.
+
+    Returns:
+        Boolean with True = visible if every mask given is boolean, else additive in ``dtype`` or its accumulation dtype.
+        Extents of 1 stay 1 as far as broadcasting allows: padding alone is never expanded to (L, S), nothing to heads.
+    """
+    given = [m for m in (key_padding, mask) if m is not None]
+    flags = [m for m in given if m.dtype == torch.bool]
+    added = [m for m in given if m.dtype != torch.bool]
+    if not given:
+        return None
+    if not added:
+        return (flags[0] if len(flags) == 1 else flags[0] | flags[1]).logical_not()
+    merged = added[0] if len(added) == 1 else added[0] + added[1]
+    if flags:
+        merged = torch.where(flags[0], _HIDDEN, merged)
+    return merged if merged.dtype in (dtype, accumulation_dtype(dtype)) else merged.to(dtype)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """The masked, scaled scores (B, H, L, S) in the accumulation dtype; -inf, exactly, where hidden."""
+    dtype = accumulation_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.to(dtype) * (1.0 / math.sqrt(q.shape[-1]))) @ k.to(dtype).transpose(-2, -1)
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(mask.logical_not(), _HIDDEN)
+    return (scores + mask).masked_fill(mask == _HIDDEN, _HIDDEN)
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` by :func:`fastattn.attention`.
+
+    Constructor, initialization, parameters, ``state_dict``, ``forward`` and its results are torch's, and
+    ``isinstance(m, torch.nn.MultiheadAttention)`` holds. What differs from torch on purpose:
+
+    * A row whose keys are all hidden gives zeros (and zero weights) where torch gives NaN or finite noise, depending on the
+      path it took; so padding never spreads NaN.
+    * Hidden keys are skipped: NaN or infinity in a padded key or value does not reach the output.
+    * Masks of different kinds (one boolean, one floating) are merged without torch's deprecation warning.
+    * ``is_causal=True`` is a hint, as in torch, that ``attn_mask`` is the causal mask. It replaces the mask when there is no
+      ``key_padding_mask``, weights are not asked for and L equals the number of keys; otherwise the mask itself is used.
+      (torch also replaces it when L differs, and then hides the key of ``add_bias_kv`` and ``add_zero_attn`` from most rows.)
+    * ``add_zero_attn`` is one more exp(0) in the denominator of the softmax: nothing is concatenated.
+    * Wrong arguments raise TypeError or ValueError where torch raises AssertionError or RuntimeError.
+
+    With ``need_weights=True`` the output still comes from the fused operator and the weights are exp(score - lse),
+    differentiable, of O(L·S) memory. Only with dropout active at the same time are scores, softmax, dropout and product
+    computed one by one by torch, since the weights returned are those after dropout.
+
+    Nested tensors are computed by torch (its inference fast path, or its error).
+
+    Attributes:
+        implementation: "auto", or the name of the implementation this module must use; see :func:`fastattn.attention`.
+
+    Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
+    """
+
+    implementation: str = "auto"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of ``query`` over ``key`` and ``value``.
+
+        Args:
+            query: (L, E), (B, L, E) with ``batch_first``, else (L, B, E). key: the same with S, kdim. value: S, vdim.
+            key_padding_mask: (B, S), or (S,) for unbatched inputs: boolean with True = ignore, or added to the scores.
+            need_weights: also return the attention weights.
+            attn_mask: (L, S) or (B·num_heads, L, S): boolean with True = hidden, or added to the scores (differentiable).
+            average_attn_weights: return the mean of the weights over heads.
+            is_causal: hint that ``attn_mask`` is the causal mask.
+
+        Returns:
+            (output, weights): output shaped as ``query``; weights (B, L, S), or (B, num_heads, L, S) without averaging,
+            without B for unbatched inputs (S counts the keys that the module appends), or None.
+
+        Raises:
+            ValueError: a shape does not fit. TypeError: a mask is neither boolean nor floating point.
+            RuntimeError: ``is_causal`` without ``attn_mask``, as in torch.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint, got attn_mask=None with is_causal=True"
+            )
+        batched = query.dim() == 3
+        q, k, v = self._project_heads(query, key, value)
+        keys_given = k.shape[2]
+        causal = is_causal and key_padding_mask is None and not need_weights
+        causal = causal and q.shape[2] == keys_given and self.bias_k is None
+        mask = None if causal else self._mask(key_padding_mask, attn_mask, q, keys_given)
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = self._append_key(k, self.bias_k), self._append_key(v, self.bias_v)
+            if mask is not None:
+                mask = F.pad(mask, (0, 1), value=1.0 if mask.dtype == torch.bool else 0.0)
+
+        dropout_p = self.dropout if self.training else 0.0
+        weights: Tensor | None = None
+        if dropout_p >= 1.0 or (need_weights and dropout_p > 0.0):
+            out, weights = self._attend_stepwise(q, k, v, mask, dropout_p)
+        elif need_weights:
+            out, lse = self._attend(q, k, v, mask, causal=False, dropout_p=0.0, return_lse=True)
+            weights = self._weights(q, k, mask, lse)
+        else:
+            out = self._attend(q, k, v, mask, causal=causal, dropout_p=dropout_p, return_lse=False)
+
+        if not need_weights:
+            weights = None
+        elif weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if weights is not None and not batched:
+            weights = weights.squeeze(0)
+        return self._merge_heads(out, batched), weights
+
+    def _project_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The projected queries (B, H, L, D), keys and values (B, H, S, D): views into the projections, nothing is copied.
+
+        Inputs that are one and the same tensor are projected by one matrix product, as in torch.
+        """
+        w, b = self.in_proj_weight, self.in_proj_bias
+        if w is None:
+            bias_parts = (None, None, None) if b is None else b.chunk(3)
+            weight_parts = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            q, k, v = (
+                self._split_heads(F.linear(x, wx, bx), 1)[0]
+                for x, wx, bx in zip((query, key, value), weight_parts, bias_parts, strict=True)
+            )
+        elif query is key and key is value:
+            q, k, v = self._split_heads(F.linear(query, w, b), 3)
+        else:
+            E = self.embed_dim
+            b_q, b_kv = (None, None) if b is None else b.split([E, 2 * E])
+            w_q, w_kv = w.split([E, 2 * E])
+            (q,) = self._split_heads(F.linear(query, w_q, b_q), 1)
+            if key is value:
+                k, v = self._split_heads(F.linear(key, w_kv, b_kv), 2)
+            else:
+                b_k, b_v = (None, None) if b_kv is None else b_kv.chunk(2)
+                w_k, w_v = w_kv.chunk(2)
+                (k,) = self._split_heads(F.linear(key, w_k, b_k), 1)
+                (v,) = self._split_heads(F.linear(value, w_v, b_v), 1)
+        return q, k, v
+
+    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """``x`` (..., parts·E) in the module's layout as ``parts`` views of (B, H, N, D)."""
+        x = x.unflatten(-1, (parts, self.num_heads, self.head_dim))
+        if x.dim() == 4:
+            x = x.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        return tuple(part.transpose(1, 2) for part in x.unbind(2))
+
+    def _merge_heads(self, out: Tensor, batched: bool) -> Tensor:
+        """The output projection of ``out`` (B, H, L, D), in the module's layout."""
+        out = out.transpose(1, 2).flatten(-2)
+        if not batched:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return F.linear(out, self.out_proj.weight, self.out_proj.bias)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, dropout_p: float, return_lse: bool
+    ) -> Any:
+        return attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            causal=causal,
+            sinks=q.new_zeros(self.num_heads, dtype=accumulation_dtype(q.dtype)) if self.add_zero_attn else None,
+            dropout_p=dropout_p,
+            return_lse=return_lse,
+            implementation=self.implementation,
+        )
+
+    def _attend_stepwise(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output and dropped weights by torch: the path for weights that are wanted together with dropout."""
+        scores = _scores(q, k, mask)
+        if self.add_zero_attn:
+            scores = F.pad(scores, (0, 1))
+        empty = (scores == _HIDDEN).all(dim=-1, keepdim=True)
+        weights = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0).to(q.dtype)
+        weights = F.dropout(weights, dropout_p)
+        return weights[..., : k.shape[2]] @ v, weights
+
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, lse: Tensor) -> Tensor:
+        """The attention weights exp(score - lse) (B, H, L, S) in q's dtype; zeros where a row sees no key."""
+        scores = _scores(q, k, mask)
+        if self.add_zero_attn:
+            scores = F.pad(scores, (0, 1))
+        finite_lse = lse.masked_fill(lse == _HIDDEN, 0.0).unsqueeze(-1)
+        return (scores - finite_lse).exp().to(q.dtype)
+
+    def _append_key(self, x: Tensor, extra: Tensor) -> Tensor:
+        """``x`` (B, H, S, D) with ``extra`` (1, 1, E) as key S of every sequence."""
+        row = extra.view(1, self.num_heads, 1, self.head_dim).to(x.dtype)
+        return torch.cat([x, row.expand(x.shape[0], -1, -1, -1)], dim=2)
+
+    def _mask(self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
+        """Both masks checked against (B, H, L, S), made 4-D and merged; see :func:`_merge_masks`."""
+        batch, heads, rows, _ = q.shape
+        if key_padding_mask is not None:
+            if key_padding_mask.dim() == 1:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+            if key_padding_mask.shape != (batch, keys):
+                raise ValueError(f"key_padding_mask must be {(batch, keys)}, got {tuple(key_padding_mask.shape)}")
+            key_padding_mask = key_padding_mask[:, None, None, :]
+        if attn_mask is not None:
+            expected = (rows, keys) if attn_mask.dim() == 2 else (batch * heads, rows, keys)
+            if attn_mask.shape != expected:
+                raise ValueError(f"a {attn_mask.dim()}-D attn_mask must be {expected}, got {tuple(attn_mask.shape)}")
+            attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
+        return _merge_masks(key_padding_mask, attn_mask, q.dtype)
+
+    def _check_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> None:
+        dims = query.dim()
+        if dims not in (2, 3):
+            raise ValueError(f"query must be 2-D (unbatched) or 3-D, got shape {tuple(query.shape)}")
+        batch_dim = 0 if self.batch_first else 1
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.dim() != dims:
+                raise ValueError(f"{name} must be {dims}-D as query is, got shape {tuple(x.shape)}")
+            if x.shape[-1] != width:
+                raise ValueError(f"{name} must have {width} features, got shape {tuple(x.shape)}")
+            if dims == 3 and x.shape[batch_dim] != query.shape[batch_dim]:
+                layout = "(batch, seq, features)" if self.batch_first else "(seq, batch, features)"
+                raise ValueError(
+                    f"{name} must have query's batch size {query.shape[batch_dim]} in the layout {layout},"
+                    f" got shape {tuple(x.shape)}"
+                )
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same number of rows")
+        _check_mask("key_padding_mask", key_padding_mask, (1,) if dims == 2 else (2,))
+        _check_mask("attn_mask", attn_mask, (2, 3))
