@@ -27,7 +27,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # The oldest torch whose ABI the operators use (2.10): newer headers then hide newer symbols.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+CXX_FLAGS = [
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",  # gcc 12: its own AVX-512 intrinsics
+]
 
 
 def find_nvcc() -> str | None:

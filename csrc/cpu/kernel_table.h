@@ -9,6 +9,10 @@ namespace fastattn {
 struct KernelTable {
   void (*rope)(const RopeParams&, Range);
   void (*gemm)(const GemmParams&);
+
+  void (*norm_forward)(const NormForwardParams&, Range);
+  void (*norm_backward)(const NormBackwardParams&, Range);
+  void (*norm_backward_reduce)(const NormBackwardParams&, Range);
 };
 
 // The table of the ISA in force, and of a given one (compiled in for every x86-64 build; call only if isa_available()).

@@ -65,4 +65,34 @@ struct GemmParams {
   int64_t repeats;  // products after one packing
 };
 
+// h = dropout(x) + residual, y = norm(h) row by row. Work item: a row. x and residual have unit column stride and their own row
+// stride; every output is contiguous. weight and bias (columns,) in weight_dtype (dtype or float32), null where absent.
+struct NormForwardParams {
+  DType dtype, weight_dtype;
+  int64_t rows, columns;
+  const void *x, *residual;  // residual null: none
+  int64_t x_stride, residual_stride;
+  const void *weight, *bias;
+  void *y, *h;        // h null when it would equal x (no residual, no dropout)
+  void *mean, *rstd;  // (rows,) in the accumulation dtype; mean null for rms
+  double eps;
+  bool rms;
+  Dropout dropout;
+};
+
+// The gradients. norm_backward's work item: a chunk of chunk_rows rows; norm_backward_reduce's, after all chunks: a column.
+struct NormBackwardParams {
+  DType dtype, weight_dtype;
+  int64_t rows, columns, chunk_rows;
+  const void *dy, *dh, *h;  // unit column stride; dh (the incoming gradient of h) may be null
+  int64_t dy_stride, dh_stride, h_stride;
+  const void* weight;
+  const void *mean, *rstd;                // as norm_forward gave them
+  void *dh_total, *dx;                    // contiguous; dx null without dropout
+  void *partial_dweight, *partial_dbias;  // (chunks, columns), accumulation dtype; null where not wanted, bias needs weight
+  void *dweight, *dbias;                  // (columns,) in weight_dtype; null where not wanted
+  bool rms;
+  Dropout dropout;
+};
+
 }  // namespace fastattn

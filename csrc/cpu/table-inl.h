@@ -1,5 +1,6 @@
 // The algorithms, in dependency order, and the table that exports them. Included once per target, inside its region and namespace.
 
+// clang-format off
 #include "cpu/convert-inl.h"
 #include FASTATTN_TARGET_VEC
 #include "cpu/math-inl.h"
@@ -7,7 +8,14 @@
 #include "cpu/gemm_micro-inl.h"
 #include "cpu/rope-inl.h"
 
+#include "cpu/norm-inl.h"
+// clang-format on
+
 const KernelTable kTable = {
     rope,
     gemm_product,
+
+    norm_forward,
+    norm_backward,
+    norm_backward_reduce,
 };

@@ -2,7 +2,30 @@
 
 #include <cmath>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastattn {
+
+namespace {
+
+// Outputs from this size on come from fresh pages on every call, and touching 4 KiB pages one by one takes longer than the kernels:
+// 2.3 GB/s against 12 GB/s with 2 MiB pages (2-core virtual machine). Where the system leaves that choice to programs, take them.
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugeFrom = 2 * kHugePage;
+
+void prefer_huge_pages(const Tensor& x) {
+#if defined(__linux__)
+  const size_t bytes = static_cast<size_t>(x.numel()) * x.element_size();
+  if (bytes < kHugeFrom) return;
+  const size_t begin = (reinterpret_cast<size_t>(x.mutable_data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
+  const size_t end = (reinterpret_cast<size_t>(x.mutable_data_ptr()) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -20,7 +43,9 @@ DType dtype_of(const Tensor& x) {
 ScalarType accumulation_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+  const Tensor x = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+  prefer_huge_pages(x);
+  return x;
 }
 
 Dropout make_dropout(double p, const OptionalTensor& rng_state) {
