@@ -14,3 +14,37 @@ def _poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def _implementations() -> list[str]:
+    """reference, and cpu once per instruction set that runs here."""
+    try:
+        from fastattn import _native
+    except ImportError:
+        return ["reference"]
+    return ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
+
+
+def _forced(name: str) -> Iterator[str]:
+    name, _, isa = name.partition("-")
+    if not isa:
+        yield name
+        return
+    from fastattn import _native
+
+    before = _native.current_isa()
+    _native.set_isa(isa)
+    yield name
+    _native.set_isa(before)
+
+
+@pytest.fixture(params=_implementations())
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation of the CPU in turn; for ``cpu`` the instruction set is forced while the test runs."""
+    yield from _forced(request.param)
+
+
+@pytest.fixture(params=_implementations()[1:])
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same without the reference: for promises that PyTorch itself does not make."""
+    yield from _forced(request.param)
