@@ -1,0 +1,369 @@
+"""``python -m fastattn bench``: fastattn against PyTorch on this machine, every figure behind a green check of its own shape.
+
+A row is one op, shape, dtype, direction and peer. Ours, the peers and (for memory-bound ops) a copy of the same size
+run in turns in one process (fastattn/cli/measure.py). The ratio is the peer's median over ours: above 1, fastattn is
+faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.cli import cases, check, machine
+from fastattn.cli.cases import Case
+from fastattn.cli.measure import MatrixPeak, Timing, interleave
+from fastattn.cli.peers import PEERS, peers
+from fastattn.cli.plot import plot
+from fastattn.cli.table import Progress, print_table
+
+__all__ = ["Row", "plot", "render", "run", "run_quick"]
+
+DIRECTIONS = ("forward", "forward+backward")
+SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+COPY = "copy"
+OURS = "fastattn"
+ROW_SECONDS = 1.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times are seconds per call, ``rate`` is ours in ``unit``, ``roofline`` is the limit in the same unit.
+
+    ``verdict`` is "ok"; or "FAILED" (the check of this very shape did) or "unavailable", and then there are no figures
+    and ``note`` says why.
+    """
+
+    op: str
+    case: str
+    shape: tuple[int, ...]
+    dtype: str
+    direction: str
+    implementation: str
+    isa: str
+    peer: str
+    verdict: str
+    ratio: float | None = None
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    samples: int | None = None
+    peer_median: float | None = None
+    peer_p20: float | None = None
+    peer_p80: float | None = None
+    peer_samples: int | None = None
+    rate: float | None = None
+    unit: str = ""
+    roofline: float | None = None
+    roofline_percent: float | None = None
+    device: str = ""
+    threads: int = 0
+    torch: str = ""
+    commit: str | None = None
+    date: str = ""
+    note: str = ""
+
+
+def default_cases(op: str) -> list[Case]:
+    """The shapes of real models: BERT-like batches, long sequences, 2048 tokens through a block."""
+    attention = [(16, 12, 128, 64), (8, 12, 384, 64), (1, 12, 1024, 64), (1, 8, 2048, 128)]
+    found = {
+        "attention": [Case(op, shape, options) for shape in attention for options in ({}, {"causal": True})],
+        "scaled_dot_product_attention": [Case(op, (1, 12, 1024, 64), {"is_causal": True})],
+        "layer_norm": [Case(op, shape, {"weight": True, "bias": True}) for shape in ((8192, 768), (8192, 4096))],
+        "rms_norm": [Case(op, shape, {"weight": True}) for shape in ((8192, 768), (8192, 4096))],
+        "ffn": [Case(op, (2048, 768, 3072), {"activation": "gelu", "bias": True})],
+        "glu_ffn": [Case(op, (2048, 1024, 2816), {"activation": "swiglu"})],
+        "rope": [Case(op, (1, 12, 1024, 64), {})],
+    }
+    return found[op]
+
+
+def quick_cases(op: str) -> list[Case]:
+    """One shape per op (two for attention), each a few milliseconds."""
+    return {
+        "attention": [Case(op, (1, 12, 512, 64), options) for options in ({}, {"causal": True})],
+        "scaled_dot_product_attention": [],
+        "layer_norm": [Case(op, (4096, 768), {"weight": True, "bias": True})],
+        "rms_norm": [Case(op, (4096, 768), {"weight": True})],
+        "ffn": [Case(op, (256, 768, 3072), {"activation": "gelu", "bias": True})],
+        "glu_ffn": [Case(op, (256, 576, 1536), {"activation": "swiglu"})],
+        "rope": [Case(op, (1, 12, 1024, 64), {})],
+    }[op]
+
+
+def work(case: Case, dtype: torch.dtype, direction: str) -> tuple[float, str]:
+    """(amount, "GFLOP/s" or "GB/s"): floating-point operations of matrix products, or bytes that must move, per call.
+
+    The count is of the mathematics, not of an implementation: what is recomputed does not count.
+    """
+    both = direction == "forward+backward"
+    size = dtype.itemsize
+    if "attention" in case.op:
+        batch, heads, rows, keys, dim = case.attention_shape
+        pairs = rows * keys
+        if case.options.get("causal"):  # bottom-right: row i sees keys - rows + i + 1 keys
+            pairs = sum(max(0, min(keys, keys - rows + i + 1)) for i in range(rows))
+        elif case.options.get("is_causal"):  # top-left: row i sees i + 1 keys
+            pairs = sum(min(keys, i + 1) for i in range(rows))
+        # Forward q·kᵀ and p·v: 2 products of 2·D per pair. Backward 5 products (p again, dp, dv, dq, dk): ×2.5.
+        return 4 * batch * heads * pairs * dim * (3.5 if both else 1), "GFLOP/s"
+    if case.op in ("ffn", "glu_ffn"):
+        tokens, model, hidden = case.shape
+        products = 2 if case.op == "ffn" else 3
+        # Backward: the gradient of each product's input and of its weight, ×2.
+        return products * 2 * tokens * model * hidden * (3 if both else 1), "GFLOP/s"
+    if case.op == "rope":
+        elements = case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
+        # Forward reads x and writes out; backward reads dout and writes dx. The angles (N, R/2) are 1/heads of that or
+        # less.
+        return (4 if both else 2) * elements * size, "GB/s"
+    rows, columns = case.shape
+    # Forward reads x and writes y; backward reads dy and x and writes dx. Weights and statistics are 1/rows or
+    # 1/columns of it. A residual is one more input, and its sum with x one more output where the backward pass needs
+    # it.
+    residual = 1 if case.options.get("residual") else 0
+    return (5 + 2 * residual if both else 2 + residual) * rows * columns * size, "GB/s"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_model()
+
+
+class Bench:
+    """One session: the device, what is the same in all its rows, and its measured limits."""
+
+    def __init__(self, device: str, wanted: Sequence[str], implementation: str, budget: float) -> None:
+        self.device = cases.parse_device(device)
+        self.wanted = wanted
+        self.implementation = implementation
+        self.budget = budget
+        self.peak = MatrixPeak(self.device)
+        self.facts: dict[str, Any] = {
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": machine.git_commit(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def rows(self, case: Case, dtype_name: str) -> Iterator[Row]:
+        """Both directions against every peer, or one row that says why there are no figures."""
+        dtype = cases.DTYPES[dtype_name]
+        oracle = check.Oracle(case, dtype, self.device)
+        implementation, isa, reason = check.running(case, oracle.tensors, self.implementation)
+        start: dict[str, Any] = {"op": case.op, "case": case.label, "shape": case.shape, "dtype": dtype_name}
+        start |= {"implementation": implementation, "isa": isa}
+        verdict, note = (check.UNAVAILABLE, reason) if reason else self._gate(oracle)
+        if verdict != check.OK:
+            yield Row(**start, direction="", peer="", verdict=verdict, note=note, **self.facts)
+            return
+        for direction in DIRECTIONS:
+            timings = self._times(case, oracle, direction)
+            amount, unit = work(case, dtype, direction)
+            ours = timings.pop(OURS)
+            rate = amount / ours.median / 1e9
+            if COPY in timings:
+                # Bytes that one copy of x reads and writes: the limit of the cache level that this row's own tensors
+                # live in.
+                roofline = 2 * oracle.tensors["x"].nbytes / timings.pop(COPY).median / 1e9
+            else:
+                roofline = self.peak(dtype) / 1e9
+            figures: dict[str, Any] = {
+                "rate": rate,
+                "unit": unit,
+                "roofline": roofline,
+                "roofline_percent": 100 * rate / roofline,
+            }
+            for peer, theirs in timings.items():
+                yield Row(
+                    **start,
+                    direction=direction,
+                    peer=peer,
+                    verdict=check.OK,
+                    ratio=theirs.median / ours.median,
+                    **_named(ours, ""),
+                    **_named(theirs, "peer_"),
+                    **figures,
+                    **self.facts,
+                )
+
+    def _gate(self, oracle: check.Oracle) -> tuple[str, str]:
+        """The check's verdict on this shape, output and all gradients, and its reason if it is not OK."""
+        try:
+            for name, error, _, allowed in oracle.judge(self.implementation):
+                if not error <= allowed:
+                    return check.FAILED, f"{name}: error {error:.1e} > {allowed:.1e}"
+        except Exception as error:  # as in check: the others' rows are still wanted
+            return check.FAILED, check.brief(error)
+        return check.OK, ""
+
+    def _times(self, case: Case, oracle: check.Oracle, direction: str) -> dict[str, Timing]:
+        t = oracle.tensors
+        calls: dict[str, Callable[[], cases.Outputs]] = {OURS: lambda: cases.ours(case, t, self.implementation)}
+        calls |= peers(case, t, self.wanted)
+        contenders: dict[str, Callable[[], object]] = {
+            name: _forward(call) if direction == "forward" else _both(call, oracle) for name, call in calls.items()
+        }
+        if work(case, next(iter(t.values())).dtype, direction)[1] == "GB/s":
+            source = t["x"].detach()
+            target = torch.empty_like(source)
+            contenders[COPY] = lambda: target.copy_(source)
+        if "compile" in contenders:
+            contenders["compile"]()  # compilation must not count as the first run
+        return interleave(contenders, self.budget, self.device)
+
+
+def _named(timing: Timing, prefix: str) -> dict[str, Any]:
+    return {prefix + name: value for name, value in asdict(timing).items()}
+
+
+def _forward(call: Callable[[], cases.Outputs]) -> Callable[[], object]:
+    def forward() -> object:
+        with torch.no_grad():
+            return call()
+
+    return forward
+
+
+def _both(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
+    leaves = [tensor for tensor in oracle.tensors.values() if tensor.requires_grad]
+
+    def both() -> object:
+        outputs = call()
+        return torch.autograd.grad(list(outputs.values()), leaves, [oracle.cotangents[name] for name in outputs])
+
+    return both
+
+
+def run(
+    ops: Sequence[str] = cases.OPS,
+    *,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    device: str = "cpu",
+    implementation: str = "auto",
+    wanted: Sequence[str] = tuple(PEERS),
+    shape: str | None = None,
+    quick: bool = False,
+    budget: float = ROW_SECONDS,
+) -> list[Row]:
+    """Measure every op × case × dtype × direction × peer; ``budget`` is seconds per direction, all contenders together."""
+    chosen: list[Case] = []
+    for op in ops:
+        own = quick_cases(op) if quick else default_cases(op)
+        if shape is not None:
+            size = cases.parse_shape(op, shape)
+            own = [Case(op, size, options) for options in {case.label: case.options for case in own}.values()]
+        chosen += own
+    bench = Bench(device, wanted, implementation, budget)
+    rows: list[Row] = []
+    with Progress("bench", len(chosen) * len(dtypes)) as progress:
+        for case, dtype in itertools.product(chosen, dtypes):
+            progress.step(f"{case.op} {'x'.join(map(str, case.shape))} {case.label} {dtype}")
+            rows += bench.rows(case, dtype)
+    return rows
+
+
+def run_quick() -> list[Row]:
+    """The rows of the demo: every op once or twice, below 15 s on two cores."""
+    return run(quick=True, budget=0.2, wanted=("eager", "sdpa"))
+
+
+def _milliseconds(median: float, p20: float, p80: float) -> str:
+    def text(seconds: float) -> str:
+        return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+    return f"{text(median)} [{text(p20)}, {text(p80)}]"
+
+
+def render(rows: Sequence[Row]) -> None:
+    """Print the table: the ratio first, then times, rate and its share of the measured limit; the reasons of FAILED last."""
+    columns = ("op", "shape", "dtype", "pass", "by", "against", "ratio", "ms [p20, p80]", "theirs", "rate", "roof")
+    lines, styles = [], []
+    for row in rows:
+        call = (cases.title(row.op, row.case), "x".join(map(str, row.shape)), row.dtype, SHORT.get(row.direction, ""))
+        start = (*call, f"{row.implementation} {row.isa}".strip(), row.peer)
+        if row.verdict != check.OK:
+            lines.append((*start, row.verdict, "", "", "", ""))
+            styles.append("red")
+            continue
+        assert row.ratio is not None and row.rate is not None and row.roofline_percent is not None
+        ours = _milliseconds(row.median or 0, row.p20 or 0, row.p80 or 0)
+        theirs = _milliseconds(row.peer_median or 0, row.peer_p20 or 0, row.peer_p80 or 0)
+        rate = f"{row.rate:.0f} {row.unit}" if row.rate >= 10 else f"{row.rate:.2f} {row.unit}"
+        lines.append((*start, f"{row.ratio:.2f}", ours, theirs, rate, f"{row.roofline_percent:.0f}%"))
+        styles.append("green" if row.ratio >= 1 else "yellow" if row.ratio >= 0.95 else "red")
+    print_table(
+        columns, lines, left=6, styles=styles, title="ratio = their time / fastattn's: above 1, fastattn is faster"
+    )
+    for row in rows:
+        if row.note:
+            shape = "x".join(map(str, row.shape))
+            print(f"{row.verdict}: {cases.title(row.op, row.case)} {shape} {row.dtype}: {row.note}")
+    if rows:
+        machine_text = f"{rows[0].device}, {rows[0].threads} threads, torch {rows[0].torch}"
+        print(f"{machine_text}, commit {rows[0].commit or 'unknown'}")
+
+
+def save(rows: Sequence[Row], path: Path) -> None:
+    """Append the rows to a JSONL file, which is a log: nothing in it is overwritten."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def below(rows: Sequence[Row], bar: float) -> list[Row]:
+    """Rows that miss the bar: slower than ``bar`` × the peer, or without figures because their check failed."""
+    return [row for row in rows if row.verdict == check.FAILED or (row.ratio is not None and row.ratio < bar)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", nargs="*", metavar="OP", help=f"default: all of {', '.join(cases.OPS)}")
+    parser.add_argument("--dtype", nargs="+", choices=list(cases.DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+    parser.add_argument("--implementation", choices=cases.IMPLEMENTATIONS, default="auto")
+    parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=list(PEERS), help="default: all")
+    parser.add_argument("--shape", help="; ".join(f"{op}: {shape}" for op, shape in cases.SHAPES.items()))
+    parser.add_argument("--quick", action="store_true", help="one small shape per op, 0.2 s a row, no torch.compile")
+    parser.add_argument("--save", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
+    parser.add_argument("--fail-below", type=float, metavar="RATIO", help="exit code 1 if a row is slower than that")
+
+
+def main(args: argparse.Namespace) -> int:
+    unknown = [op for op in args.op if op not in cases.OPS]
+    if unknown:
+        raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(cases.OPS)}")
+    rows = run(
+        args.op or cases.OPS,
+        dtypes=args.dtype,
+        device=args.device,
+        implementation=args.implementation,
+        wanted=[peer for peer in args.peer if not (args.quick and peer == "compile")],
+        shape=args.shape,
+        quick=args.quick,
+        budget=0.2 if args.quick else ROW_SECONDS,
+    )
+    missed = below(rows, args.fail_below) if args.fail_below else below(rows, 0.0)
+    if args.json:
+        print(json.dumps({"passed": not missed, "rows": [asdict(row) for row in rows]}, indent=1))
+    else:
+        render(rows)
+        for row in missed if args.fail_below else []:
+            shape = "x".join(map(str, row.shape))
+            print(
+                f"below {args.fail_below}: {row.op} [{row.case}] {shape} {row.dtype} {row.direction} against {row.peer}"
+            )
+    if args.save:
+        save(rows, args.save)
+    if args.plot:
+        plot(rows, args.plot)
+    return 1 if missed else 0

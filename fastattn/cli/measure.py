@@ -1,0 +1,114 @@
+"""Timing: interleaved runs of several contenders in one process, and the machine's own limits measured the same way.
+
+Interleaving (a, b, c, a, b, c, …) makes what comes and goes on a machine (clock, temperature, a neighbour's load) hit
+all contenders alike; medians and the 20th and 80th percentiles leave out what hits one run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+#: A sample is at least this long (s): shorter calls are repeated within it, so that the clock's own cost stays below 1
+#: %.
+SAMPLE_SECONDS = 2e-4
+#: Every contender is timed at least this often, unless one call alone outlasts the budget.
+MIN_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+
+def percentile(values: list[float], fraction: float) -> float:
+    """Linear interpolation between the closest ranks, as numpy's default."""
+    ordered = sorted(values)
+    position = fraction * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def timed(function: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds per call of ``calls`` consecutive calls, the device's queue drained before and after."""
+    _drain(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    _drain(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _drain(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], budget: float, device: torch.device
+) -> dict[str, Timing]:
+    """Time every contender for about ``budget`` seconds in all, in turns.
+
+    The next to run is always the one that is least far with its part: an equal share of the budget, and MIN_SAMPLES samples
+    where one call takes long. So everyone's samples spread over the same stretch of time. The first call of each counts for
+    nothing, except where it alone outlasts the whole budget: then it is the only sample.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    spent = dict.fromkeys(contenders, 0.0)
+    calls = dict.fromkeys(contenders, 1)
+    running = []
+    for name, function in contenders.items():
+        first = timed(function, device)
+        if first > budget:
+            samples[name].append(first)
+        else:
+            calls[name] = max(1, math.ceil(SAMPLE_SECONDS / timed(function, device)))
+            running.append(name)
+
+    def progress(name: str) -> float:
+        return min(len(samples[name]) / MIN_SAMPLES, spent[name] * len(contenders) / budget)
+
+    while running:
+        name = min(running, key=progress)
+        samples[name].append(timed(contenders[name], device, calls[name]))
+        spent[name] += samples[name][-1] * calls[name]
+        if progress(name) >= 1:
+            running.remove(name)
+    return {
+        name: Timing(statistics.median(values), percentile(values, 0.2), percentile(values, 0.8), len(values))
+        for name, values in samples.items()
+    }
+
+
+class MatrixPeak:
+    """The matrix unit's measured limit in FLOP/s per dtype: torch's best square product of this process."""
+
+    SIZES = (1024, 2048)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: dict[torch.dtype, float] = {}
+
+    def __call__(self, dtype: torch.dtype) -> float:
+        # x86 has no float16 matrix product that torch or we use (both convert to float32), so float32's is the limit.
+        if dtype == torch.float16 and self.device.type == "cpu":
+            dtype = torch.float32
+        if dtype not in self.found:
+            self.found[dtype] = max(self._rate(size, dtype) for size in self.SIZES)
+        return self.found[dtype]
+
+    def _rate(self, size: int, dtype: torch.dtype) -> float:
+        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        seconds = min(timed(lambda: a @ b, self.device) for _ in range(6))
+        return 2 * size**3 / seconds  # one multiplication and one addition per term

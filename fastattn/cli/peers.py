@@ -1,0 +1,74 @@
+"""What fastattn is measured against: PyTorch's own ways of making the same call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from fastattn.cli import cases
+from fastattn.cli.cases import Case, Outputs
+
+#: name: what it is.
+PEERS = {
+    "eager": "torch's functions one after the other",
+    "sdpa": "F.scaled_dot_product_attention, with the backend that it picks",
+    "compile": "torch.compile of eager (norm, ffn, rope)",
+}
+
+
+def peers(case: Case, t: dict[str, Tensor], wanted: Sequence[str]) -> dict[str, Callable[[], Outputs]]:
+    """The calls among ``wanted`` that exist for this case, by the name to print (``sdpa:flash``)."""
+    found: dict[str, Callable[[], Outputs]] = {}
+    attention = "attention" in case.op
+    if "sdpa" in wanted and attention and _sdpa_can(case):
+        mask, keywords = _sdpa_arguments(case, t)
+        name = sdpa_backend(t["q"], t["k"], t["v"], mask, **keywords)
+        found[f"sdpa:{name}"] = lambda: {
+            "out": F.scaled_dot_product_attention(t["q"], t["k"], t["v"], mask, **keywords)
+        }
+    if "eager" in wanted:
+        found["eager"] = lambda: cases.plain(case, t, cases.torch_product)
+    # torch.compile turns written-out attention into SDPA, which is there already.
+    if "compile" in wanted and not attention and _can_compile():
+        torch.compiler.reset()  # after 8 shapes of one function, torch.compile quietly runs it eagerly
+        compiled = torch.compile(lambda tensors: cases.plain(case, tensors, cases.torch_product), dynamic=False)
+        found["compile"] = lambda: compiled(t)
+    return found
+
+
+def _sdpa_can(case: Case) -> bool:
+    """SDPA has no window, softcap, ALiBi, sinks or lse."""
+    return not any(name in case.options for name in ("window_size", "softcap", "alibi", "sinks", "return_lse"))
+
+
+def _sdpa_arguments(case: Case, t: dict[str, Tensor]) -> tuple[Tensor | None, dict[str, Any]]:
+    rows, keys = t["q"].shape[2], t["k"].shape[2]
+    mask, causal = t.get("attn_mask"), bool(case.options.get("is_causal") or case.options.get("causal"))
+    if case.options.get("causal") and rows != keys:  # bottom-right, which SDPA can only say with a mask
+        mask, causal = torch.ones(rows, keys, dtype=torch.bool, device=t["q"].device).tril(keys - rows), False
+    scale = case.options.get("softmax_scale", case.options.get("scale"))
+    gqa = t["q"].shape[1] != t["k"].shape[1]
+    return mask, {"is_causal": causal, "scale": scale, "enable_gqa": gqa}
+
+
+def sdpa_backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **keywords: Any) -> str:
+    """The name of the backend that SDPA picks for this call: flash, efficient, math, cudnn, ..."""
+    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, **keywords)
+    return SDPBackend(choice).name.lower().removesuffix("_attention")
+
+
+@functools.cache
+def _can_compile() -> bool:
+    """torch.compile's CPU backend needs a C++ compiler, its CUDA backend needs triton; without them it is no peer."""
+    probe = torch.compile(lambda x: x + 1, dynamic=False)
+    try:
+        probe(torch.zeros(2))
+    except Exception:  # inductor raises many kinds
+        return False
+    return True
