@@ -54,16 +54,11 @@ def _merge_masks(key_padding: Tensor | None, mask: Tensor | None, dtype: torch.d
     return merged if merged.dtype in (dtype, accumulation_dtype(dtype)) else merged.to(dtype)
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The masked, scaled scores (B, H, L, S) in the accumulation dtype; -inf, exactly, where hidden."""
-    dtype = accumulation_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (q.to(dtype) * (1.0 / math.sqrt(q.shape[-1]))) @ k.to(dtype).transpose(-2, -1)
-    if mask is None:
-        return scores
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(mask.logical_not(), _HIDDEN)
-    return (scores + mask).masked_fill(mask == _HIDDEN, _HIDDEN)
+def _without_padding(key_padding_mask: Tensor, *rows: Tensor) -> list[Tensor]:
+    """The tensors (B, H, S, D) with zeros where ``key_padding_mask`` (B, S) or (S,) hides a key: 0 · NaN would be NaN."""
+    hidden = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == _HIDDEN
+    hidden = hidden.reshape(-1, 1, hidden.shape[-1], 1)
+    return [x.masked_fill(hidden, 0.0) for x in rows]
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -82,9 +77,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     * ``add_zero_attn`` is one more exp(0) in the denominator of the softmax: nothing is concatenated.
     * Wrong arguments raise TypeError or ValueError where torch raises AssertionError or RuntimeError.
 
-    With ``need_weights=True`` the output still comes from the fused operator and the weights are exp(score - lse),
-    differentiable, of O(L·S) memory. Only with dropout active at the same time are scores, softmax, dropout and product
-    computed one by one by torch, since the weights returned are those after dropout.
+    With ``need_weights=True`` scores, softmax, dropout and product are computed one by one, as in torch: the weights, which
+    are those after dropout, are O(L·S) memory in any case, and a fused pass beside them would only repeat the work. Pass
+    ``need_weights=False`` (as ``TransformerEncoderLayer`` does) to get the fused operator.
 
     Nested tensors are computed by torch (its inference fast path, or its error).
 
@@ -140,6 +135,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal = is_causal and key_padding_mask is None and not need_weights
         causal = causal and q.shape[2] == keys_given and self.bias_k is None
         mask = None if causal else self._mask(key_padding_mask, attn_mask, q, keys_given)
+        if need_weights and key_padding_mask is not None:
+            k, v = _without_padding(key_padding_mask, k, v)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = self._append_key(k, self.bias_k), self._append_key(v, self.bias_v)
             if mask is not None:
@@ -147,20 +144,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         dropout_p = self.dropout if self.training else 0.0
         weights: Tensor | None = None
-        if dropout_p >= 1.0 or (need_weights and dropout_p > 0.0):
+        if need_weights or dropout_p >= 1.0:
             out, weights = self._attend_stepwise(q, k, v, mask, dropout_p)
-        elif need_weights:
-            out, lse = self._attend(q, k, v, mask, causal=False, dropout_p=0.0, return_lse=True)
-            weights = self._weights(q, k, mask, lse)
         else:
-            out = self._attend(q, k, v, mask, causal=causal, dropout_p=dropout_p, return_lse=False)
-
+            out = self._attend(q, k, v, mask, causal, dropout_p)
         if not need_weights:
             weights = None
-        elif weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
-        if weights is not None and not batched:
-            weights = weights.squeeze(0)
+        elif weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
         return self._merge_heads(out, batched), weights
 
     def _project_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,9 +202,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out = out.transpose(0, 1)
         return F.linear(out, self.out_proj.weight, self.out_proj.bias)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, dropout_p: float, return_lse: bool
-    ) -> Any:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> Any:
         return attention(
             q,
             k,
@@ -221,29 +211,32 @@ class MultiheadAttention(nn.MultiheadAttention):
             causal=causal,
             sinks=q.new_zeros(self.num_heads, dtype=accumulation_dtype(q.dtype)) if self.add_zero_attn else None,
             dropout_p=dropout_p,
-            return_lse=return_lse,
             implementation=self.implementation,
         )
 
     def _attend_stepwise(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
-        """Output and dropped weights by torch: the path for weights that are wanted together with dropout."""
-        scores = _scores(q, k, mask)
+        """Output (B, H, L, D) and the weights after dropout (B, H, L, S), in operations of torch.
+
+        Hidden scores are a huge negative number instead of -inf: exp gives the same zeros, and a row without a visible
+        key, which is zeroed after the softmax, has no NaN in either direction.
+        """
+        scores = (q * (1.0 / math.sqrt(self.head_dim))) @ k.transpose(-2, -1)
+        lowest = torch.finfo(scores.dtype).min / 2
+        empty = None
+        if mask is not None and mask.dtype == torch.bool:
+            hidden = mask.logical_not()
+            scores, empty = scores.masked_fill_(hidden, lowest), hidden.all(dim=-1, keepdim=True)
+        elif mask is not None:
+            scores, empty = scores + mask.clamp(min=lowest), (mask == _HIDDEN).all(dim=-1, keepdim=True)
         if self.add_zero_attn:
-            scores = F.pad(scores, (0, 1))
-        empty = (scores == _HIDDEN).all(dim=-1, keepdim=True)
-        weights = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0).to(q.dtype)
+            scores, empty = F.pad(scores, (0, 1)), None
+        weights = scores.softmax(dim=-1).to(q.dtype)
+        if empty is not None:
+            weights = weights.masked_fill(empty, 0.0)
         weights = F.dropout(weights, dropout_p)
         return weights[..., : k.shape[2]] @ v, weights
-
-    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, lse: Tensor) -> Tensor:
-        """The attention weights exp(score - lse) (B, H, L, S) in q's dtype; zeros where a row sees no key."""
-        scores = _scores(q, k, mask)
-        if self.add_zero_attn:
-            scores = F.pad(scores, (0, 1))
-        finite_lse = lse.masked_fill(lse == _HIDDEN, 0.0).unsqueeze(-1)
-        return (scores - finite_lse).exp().to(q.dtype)
 
     def _append_key(self, x: Tensor, extra: Tensor) -> Tensor:
         """``x`` (B, H, S, D) with ``extra`` (1, 1, E) as key S of every sequence."""
