@@ -28,7 +28,13 @@ ROOT = Path(__file__).resolve().parent
 # The oldest torch whose ABI the operators use (2.10): newer headers then hide newer symbols.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 CXX_FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized",
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",  # gcc 12: its own AVX-512 intrinsics
 ]
 

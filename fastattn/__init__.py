@@ -2,6 +2,7 @@
 
 >>> import fastattn
 >>> out = fastattn.attention(q, k, v, causal=True)        # (batch, heads, seq, head_dim)
+>>> fastattn.convert(model)                               # swap torch.nn modules in place
 >>> print(fastattn.explain(fastattn.attention, q, k, v))  # which implementation runs, and why
 
 ``python -m fastattn info | explain | check | bench | demo`` on the command line.
@@ -16,6 +17,7 @@ import_error: Exception | None = None
 
 try:
     from fastattn import nn, ops, reference
+    from fastattn.nn import conversion_report, convert, revert
     from fastattn.ops import (
         Explanation,
         attention,
@@ -35,6 +37,8 @@ except Exception as _error:
 __all__ = [
     "Explanation",
     "attention",
+    "conversion_report",
+    "convert",
     "explain",
     "ffn",
     "glu_ffn",
@@ -42,6 +46,7 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "revert",
     "rms_norm",
     "rope",
     "scaled_dot_product_attention",

@@ -11,7 +11,7 @@ namespace {
 // Below this many elements a thread's work is shorter than waking it up.
 constexpr int64_t kElementsPerThread = 32768;
 
-bool has_unit_columns(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1; }
+bool has_unit_columns(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 || x.numel() == 0; }
 
 void check_rows(const OptionalTensor& t, const Tensor& like, const char* name) {
   if (!t.has_value()) return;
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const
   const int64_t columns = std::max<int64_t>(p.columns, 1);
   const int64_t grain = std::max<int64_t>(kElementsPerThread / (columns * p.chunk_rows), 1);
   parallel_for(chunks, grain, [&](Range range) { table.norm_backward(p, range); });
-  if (p.partial_dweight != nullptr) {
+  if (weight_grad || bias_grad) {
     const int64_t strip = std::max<int64_t>(kElementsPerThread / std::max<int64_t>(chunks, 1), 64);
     parallel_for(p.columns, strip, [&](Range range) { table.norm_backward_reduce(p, range); });
   }

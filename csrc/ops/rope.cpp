@@ -9,7 +9,7 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interlea
   p.dtype = dtype_of(x);
   p.batch = x.size(0), p.heads = x.size(1), p.rows = x.size(2), p.head_dim = x.size(3);
   p.half_dim = cos.size(2);
-  FASTATTN_CHECK(x.stride(3) == 1 || x.size(3) <= 1, "rope: the last stride of x is not 1");
+  FASTATTN_CHECK(x.stride(3) == 1 || x.size(3) <= 1 || x.numel() == 0, "rope: the last stride of x is not 1");
   FASTATTN_CHECK(2 * p.half_dim <= p.head_dim && cos.size(1) == p.rows && (cos.size(0) == 1 || cos.size(0) == p.batch),
                  "rope: cos does not fit x");
   FASTATTN_CHECK(sin.size(0) == cos.size(0) && sin.size(1) == cos.size(1) && sin.size(2) == cos.size(2),

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import pullback_of_gradient, pushforward
 from fastattn.ops._select import choose, wants_gradient
-from fastattn.reference.norm import norm_rows
+from fastattn.reference.norm import default_eps, norm_rows
 
 __all__ = ["layer_norm", "rms_norm"]
 
@@ -188,11 +188,11 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMS normalization, ``h / sqrt(mean(h²) + eps) · weight`` with ``h = dropout(x) + residual``.
 
-    Positional arguments as ``torch.nn.functional.rms_norm``: eps None is the machine epsilon of x's dtype. Everything else as
-    :func:`layer_norm`.
+    Positional arguments as ``torch.nn.functional.rms_norm``: eps None is the machine epsilon of the
+    accumulation dtype (float32's for 16-bit x), which is what torch computes. Everything else as :func:`layer_norm`.
     """
     if eps is None:
-        eps = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else 0.0
+        eps = default_eps(x.dtype) if isinstance(x, Tensor) else 0.0
     options = _Options(eps, True, dropout_p)
     return _norm(
         "rms_norm", x, normalized_shape, weight, None, residual, rng_state, return_residual, implementation, options

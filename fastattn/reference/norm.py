@@ -8,6 +8,11 @@ from torch import Tensor
 from fastattn.reference.philox import matrix_dropout
 
 
+def default_eps(dtype: torch.dtype) -> float:
+    """What ``F.rms_norm(eps=None)`` uses: the epsilon of the dtype it computes in, float32 for 16-bit inputs."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
 def layer_norm(
     x: Tensor,
     normalized_shape: tuple[int, ...],
@@ -36,7 +41,7 @@ def rms_norm(
     return_residual: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`fastattn.rms_norm`: y = h / sqrt(mean(h²) + eps) · weight, h = dropout(x) + residual."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = default_eps(x.dtype) if eps is None else eps
     return _norm(x, normalized_shape, weight, None, eps, True, residual, dropout_p, rng_state, return_residual)
 
 

@@ -15,8 +15,8 @@ from fastattn.reference.philox import matrix_dropout
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 RNG = torch.tensor([987654321, 7])
-# (rows, columns): one row, one column, odd, over one tile, longer than any register block.
-SHAPES = [(1, 1), (3, 5), (37, 129), (5, 768), (2, 4099), (67, 64)]
+# (rows, columns): one row, odd, over one tile, longer than any register block.
+SHAPES = [(1, 3), (3, 5), (37, 129), (5, 768), (2, 4099), (67, 64)]
 
 
 def _ours(rms: bool, implementation: str):  # type: ignore[no-untyped-def]
@@ -84,7 +84,6 @@ def _compare(implementation, rms, shape, dtype, *, affine=True, residual=False, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_shapes(implementation: str, rms: bool, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    # The gradient through one column of layer_norm is 0 / sqrt(eps): nothing to be accurate about.
     _compare(implementation, rms, shape, dtype)
 
 
@@ -105,6 +104,17 @@ def test_options(implementation: str, rms: bool, options: dict, dtype: torch.dty
     if dtype == torch.float64 and "weight_dtype" in options:
         options = {}
     _compare(implementation, rms, (37, 129), dtype, **options)
+
+
+def test_one_column(implementation: str) -> None:
+    """Layer norm of one number is the bias, and its gradient zero up to rounding of dy / sqrt(eps)."""
+    x, weight, bias = torch.randn(5, 1, requires_grad=True), torch.full((1,), 2.0), torch.full((1,), 0.25)
+    y = fastattn.layer_norm(x, (1,), weight, bias, implementation=implementation)
+    assert torch.equal(y, torch.full((5, 1), 0.25))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.abs().max() < 2 / 1e-5**0.5 * 1e-6
+    y = fastattn.rms_norm(x, (1,), weight, 0.0, implementation=implementation)
+    torch.testing.assert_close(y, 2 * x.sign())
 
 
 def test_large_mean_small_variance(implementation: str) -> None:
