@@ -1,0 +1,220 @@
+"""What PyTorch can do to an operation: compile, export, opcheck, vmap, func.grad, forward mode, double backward, checkpoint."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn.ops._library import SCHEMAS, has_cpu
+
+pytestmark = pytest.mark.skipif(not has_cpu, reason="needs the C++ core: the reference is plain PyTorch")
+
+RNG = torch.tensor([5, 6])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+    out, lse = fastattn.attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        causal=True,
+        softcap=3.0,
+        alibi_slopes=slopes,
+        sinks=sinks,
+        dropout_p=0.2,
+        rng_state=RNG,
+        return_lse=True,
+        implementation="cpu",
+    )
+    return out * lse.unsqueeze(-1)
+
+
+def _layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y, h = fastattn.layer_norm(
+        x,
+        (6,),
+        weight,
+        bias,
+        residual=residual,
+        dropout_p=0.2,
+        rng_state=RNG,
+        return_residual=True,
+        implementation="cpu",
+    )
+    return y * h
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return fastattn.rms_norm(x, (6,), weight, 1e-3, implementation="cpu")
+
+
+def _residual_norm(x: Tensor, residual: Tensor) -> Tensor:
+    y, h = fastattn.rms_norm(x, (6,), None, 1e-3, residual=residual, return_residual=True, implementation="cpu")
+    return y + h
+
+
+def _ffn(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor, b_out: Tensor) -> Tensor:
+    return fastattn.ffn(x, w_in, w_out, b_in, b_out, dropout_p=0.2, rng_state=RNG, implementation="cpu")
+
+
+def _glu_ffn(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    return fastattn.glu_ffn(x, w_gate, w_up, w_down, implementation="cpu")
+
+
+def _rope(x: Tensor) -> Tensor:
+    angles = torch.linspace(0, 3, 10, dtype=x.dtype).view(5, 2)
+    return fastattn.rope(x, angles.cos(), angles.sin(), implementation="cpu")
+
+
+OPS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "attention": (_attention, ((1, 2, 5, 4), (1, 1, 6, 4), (1, 1, 6, 3), (2, 1, 6), (2,), (2,))),
+    "layer_norm": (_layer_norm, ((3, 6), (3, 6), (6,), (6,))),
+    "rms_norm": (_rms_norm, ((3, 6), (6,))),
+    "residual_norm": (_residual_norm, ((3, 6), (3, 6))),
+    "ffn": (_ffn, ((3, 4), (7, 4), (5, 7), (7,), (5,))),
+    "glu_ffn": (_glu_ffn, ((3, 4), (7, 4), (7, 4), (5, 7))),
+    "rope": (_rope, ((1, 2, 5, 6),)),
+}
+
+
+@pytest.fixture(params=OPS.values(), ids=OPS.keys())
+def op(request: pytest.FixtureRequest) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    function, shapes = request.param
+    return function, [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def test_gradcheck(op: tuple[Callable[..., Tensor], list[Tensor]]) -> None:
+    assert torch.autograd.gradcheck(*op, check_forward_ad=True, check_undefined_grad=False)
+
+
+def test_gradgradcheck(op: tuple[Callable[..., Tensor], list[Tensor]]) -> None:
+    assert torch.autograd.gradgradcheck(*op)
+
+
+def test_func_grad_and_jvp(op: tuple[Callable[..., Tensor], list[Tensor]]) -> None:
+    function, inputs = op
+    wanted = tuple(range(len(inputs)))
+    expected = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+    plain = [x.detach() for x in inputs]
+    actual = torch.func.grad(lambda *args: function(*args).square().sum(), argnums=wanted)(*plain)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    tangents = [torch.randn_like(x) for x in plain]
+    out, pushed = torch.func.jvp(function, tuple(plain), tuple(tangents))
+    cotangent = torch.randn_like(out)
+    pulled = torch.autograd.grad(function(*inputs), inputs, cotangent)
+    torch.testing.assert_close(
+        (pushed * cotangent).sum(), sum((p * t).sum() for p, t in zip(pulled, tangents, strict=True))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(op: tuple[Callable[..., Tensor], list[Tensor]]) -> None:
+    function, inputs = op
+    stacked = [torch.randn(3, *x.shape, dtype=x.dtype) for x in inputs]
+    expected = torch.stack([function(*(x[i] for x in stacked)) for i in range(3)])
+    torch.testing.assert_close(torch.vmap(function)(*stacked), expected)
+    gradient = torch.func.grad(lambda *args: function(*args).sum())
+    expected = torch.stack([gradient(*(x[i] for x in stacked)) for i in range(3)])
+    torch.testing.assert_close(torch.vmap(gradient)(*stacked), expected)
+
+
+def test_compile_in_one_graph(op: tuple[Callable[..., Tensor], list[Tensor]]) -> None:
+    function, inputs = op
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    expected, actual = function(*inputs), compiled(*inputs)
+    torch.testing.assert_close(actual, expected)
+    for a, e in zip(
+        torch.autograd.grad(actual.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e)
+
+
+def test_compile_draws_dropout_without_breaking_the_graph() -> None:
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 8, 4)
+    compiled = torch.compile(lambda q: fastattn.attention(q, q, q, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    first, second = compiled(q), compiled(q)
+    assert not torch.equal(first, second)
+
+
+def test_compile_with_inductor_and_dynamic_shapes() -> None:
+    torch._dynamo.reset()
+    function = torch.compile(
+        lambda x, w: torch.relu(fastattn.rms_norm(x * 2, (16,), w)) + 1, fullgraph=True, dynamic=True
+    )
+    weight = torch.randn(16)
+    for rows in (3, 7):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(function(x, weight), torch.relu(fastattn.rms_norm(x * 2, (16,), weight)) + 1)
+
+
+def test_export(op: tuple[Callable[..., Tensor], list[Tensor]]) -> None:
+    function, inputs = op
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return function(*args)
+
+    args = tuple(x.detach() for x in inputs)
+    program = torch.export.export(Module(), args)
+    assert any("fastattn" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(*args), function(*args))
+
+
+def test_checkpoint_replays_the_same_dropout() -> None:
+    q = torch.randn(1, 2, 16, 8, requires_grad=True)
+
+    def function(q: Tensor) -> Tensor:
+        return fastattn.attention(q, q, q, dropout_p=0.5)
+
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(function(q).square().sum(), q)
+    torch.manual_seed(1)
+    actual = torch.autograd.grad(torch.utils.checkpoint.checkpoint(function, q, use_reentrant=False).square().sum(), q)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_autocast() -> None:
+    q, w = torch.randn(1, 2, 5, 8), torch.randn(8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fastattn.attention(q, q, q).dtype == torch.bfloat16
+        assert fastattn.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
+        assert fastattn.ffn(q, w, w).dtype == torch.bfloat16
+
+
+def _samples() -> dict[str, tuple[object, ...]]:
+    """Arguments of every operator, in the schema's order."""
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 7)
+    mask, slopes, sinks = torch.randn(1, 4, 1, 6), torch.rand(1, 4), torch.randn(4)
+    options = (0.3, -1, 0, 1, 2.0, 0.1)
+    out, lse = torch.ops.fastattn.attention_forward(q, k, v, mask, slopes, sinks, *options, RNG)
+    x, w, b = torch.randn(5, 6), torch.randn(6), torch.randn(6)
+    y, h, mean, rstd = torch.ops.fastattn.norm_forward(x, x.clone(), w, b, 1e-5, False, 0.1, RNG)
+    w_in, w_gate, w_out, b_in, b_out = (torch.randn(s) for s in ((9, 6), (9, 6), (4, 9), (9,), (4,)))
+    o, pre, gate = torch.ops.fastattn.ffn_forward(x, w_in, b_in, w_gate, b_in, w_out, b_out, 1, 0.1, RNG, True)
+    grads = (torch.randn_like(out), torch.randn_like(lse))
+    return {
+        "attention_forward": (q, k, v, mask, slopes, sinks, *options, RNG),
+        "attention_backward": (*grads, q, k, v, out, lse, mask, slopes, sinks, *options, RNG, True, True, True),
+        "norm_forward": (x, x.clone(), w, b, 1e-5, False, 0.1, RNG),
+        "norm_backward": (torch.randn_like(y), torch.randn_like(h), h, w, mean, rstd, False, 0.1, RNG, True, True),
+        "ffn_forward": (x, w_in, b_in, w_gate, b_in.clone(), w_out, b_out, 1, 0.1, RNG, True),
+        "ffn_backward": (torch.randn_like(o), x, w_in, w_gate, w_out, pre, gate, 1, 0.1, RNG, True, True, True),
+        "rope": (torch.randn(2, 3, 5, 8), torch.randn(1, 5, 3), torch.randn(1, 5, 3), False, True),
+    }
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck(name: str) -> None:
+    # Without NaN poisoning: opcheck compares two runs, and deterministic mode is itself an argument of the compiled one.
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(getattr(torch.ops.fastattn, name).default, _samples()[name])
