@@ -1,7 +1,8 @@
 """Derivatives beyond the first reverse pass, from the reference formula.
 
 The fast implementations give outputs and first gradients. Forward mode and double backward come from differentiating the
-reference, which PyTorch can do to any order: O(Nq · Nk) memory for attention, and the same definition.
+reference, which PyTorch can do to any order: O(Nq · Nk) memory for attention, and the same definition. ``torch.func.vjp`` nests
+inside autograd.Function, forward mode and the torch.func transforms alike.
 """
 
 from __future__ import annotations
@@ -16,30 +17,42 @@ OptionalTensors = Sequence[Tensor | None]
 Formula = Callable[..., tuple[Tensor, ...]]
 
 
-def _leaves(inputs: OptionalTensors, wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        None if x is None else x.detach().requires_grad_() if want else x.detach()
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
+def forward_mode() -> bool:
+    """Whether a forward-mode AD level is open: tensors may then carry tangents that requires_grad does not show."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
-def pushforward(formula: Formula, inputs: OptionalTensors, tangents: OptionalTensors) -> tuple[Tensor, ...]:
-    """The output tangents J·t by two reverse passes: u ↦ Jᵀu is linear, and its own gradient along t is J·t.
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its autograd.Function."""
+    return forward_mode() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
-    (J. Townsend, "A new trick for calculating Jacobian vector products", 2017.) Unlike nested forward mode this works inside
-    ``autograd.Function.jvp``.
+
+def _of_moving(formula: Formula, inputs: OptionalTensors, moving: Sequence[bool], outputs: Sequence[bool]) -> Formula:
+    """``formula`` as a function of the moving inputs only, giving the chosen outputs only."""
+
+    def restricted(*values: Tensor) -> tuple[Tensor, ...]:
+        arriving = iter(values)
+        results = formula(*(next(arriving) if move else x for x, move in zip(inputs, moving, strict=True)))
+        return tuple(out for out, keep in zip(results, outputs, strict=True) if keep)
+
+    return restricted
+
+
+def pushforward(
+    formula: Formula, results: int, inputs: OptionalTensors, tangents: OptionalTensors
+) -> tuple[Tensor, ...]:
+    """The tangents J·t of the formula's ``results`` outputs by two reverse passes: u ↦ Jᵀu is linear, its transpose is J.
+
+    (J. Townsend, "A new trick for calculating Jacobian vector products", 2017.)
     """
     moving = [t is not None for t in tangents]
-    with torch.enable_grad():
-        leaves = _leaves(inputs, moving)
-        outputs = formula(*leaves)
-        cotangents = [torch.zeros_like(out).requires_grad_() for out in outputs]
-        wanted = [x for x, move in zip(leaves, moving, strict=True) if move and x is not None]
-        pulled = torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True)
-        along = [t for t in tangents if t is not None]
-        pairs = [(p, t) for p, t in zip(pulled, along, strict=True) if p is not None]
-        pushed = torch.autograd.grad([p for p, _ in pairs], cotangents, [t for _, t in pairs], allow_unused=True)
-    return tuple(torch.zeros_like(out) if p is None else p for out, p in zip(outputs, pushed, strict=True))
+    function = _of_moving(formula, inputs, moving, [True] * results)
+    outputs, pull = torch.func.vjp(  # type: ignore[misc]
+        function, *(x for x, move in zip(inputs, moving, strict=True) if move and x is not None)
+    )
+    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))  # type: ignore[misc]
+    (pushed,) = push(tuple(t for t in tangents if t is not None))
+    return pushed
 
 
 def pullback_of_gradient(
@@ -53,26 +66,18 @@ def pullback_of_gradient(
 
     ``wanted`` says for which inputs g has a result. Returns gradients for the inputs and for the cotangents.
     """
-    with torch.enable_grad():
-        leaves = _leaves(inputs, [x is not None and x.is_floating_point() for x in inputs])
-        rising = _leaves(cotangents, [c is not None for c in cotangents])
-        outputs = formula(*leaves)
-        used = [(out, c) for out, c in zip(outputs, rising, strict=True) if c is not None]
-        targets = [x for x, want in zip(leaves, wanted, strict=True) if want and x is not None]
-        first = torch.autograd.grad(
-            [out for out, _ in used], targets, [c for _, c in used], create_graph=True, allow_unused=True
-        )
-        arriving = iter(first)
-        pairs = []
-        for want, up in zip(wanted, upstream, strict=True):
-            gradient = next(arriving) if want else None
-            if gradient is not None and up is not None and gradient.requires_grad:
-                pairs.append((gradient, up))
-        sources = [x for x in (*leaves, *rising) if x is not None and x.requires_grad]
-        if not pairs:
-            return [None] * len(leaves), [None] * len(rising)
-        second = torch.autograd.grad(
-            [g for g, _ in pairs], sources, [u for _, u in pairs], allow_unused=True, create_graph=False
-        )
-    found = dict(zip(map(id, sources), second, strict=True))
-    return [found.get(id(x)) for x in leaves], [found.get(id(c)) for c in rising]
+    moving = [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
+    rising = [c for c in cotangents if c is not None]
+    function = _of_moving(formula, inputs, wanted, [c is not None for c in cotangents])
+
+    def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+        _, pull = torch.func.vjp(function, *values[: len(moving)])  # type: ignore[misc]
+        return pull(tuple(values[len(moving) :]))
+
+    results, pull = torch.func.vjp(gradient, *moving, *rising)  # type: ignore[misc]
+    arriving = [up for up, want in zip(upstream, wanted, strict=True) if want]
+    pulled = iter(
+        pull(tuple(torch.zeros_like(r) if up is None else up for r, up in zip(results, arriving, strict=True)))
+    )
+    onto_inputs = [next(pulled) if want else None for want in wanted]
+    return onto_inputs, [None if c is None else next(pulled) for c in cotangents]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fastattn.ops import _library
 
@@ -140,10 +139,3 @@ def _not_in_auto(op: str, name: str, device: torch.device) -> str | None:
     if (op, name, arch) in PROVEN_ON_GPU:
         return None
     return f"no committed result shows it correct and not slower on {arch} yet: ask for it by name"
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its autograd.Function: a leaf wants a gradient, or forward-mode AD is running."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

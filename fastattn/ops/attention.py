@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import pullback_of_gradient, pushforward
+from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
 from fastattn.ops._library import accumulation_dtype
-from fastattn.ops._select import choose, wants_gradient
+from fastattn.ops._select import choose
 from fastattn.reference.attention import masked_attention
 
 __all__ = ["attention", "scaled_dot_product_attention"]
@@ -68,10 +68,14 @@ class _Attention(torch.autograd.Function):
         kept = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:6], strict=True)]
         return (*kept, *[None] * (2 + len(ctx.options)))
 
+
+class _AttentionDual(_Attention):
+    """With a tangent rule: a class of its own, since torch.compile takes no Function that has one."""
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         formula = _formula(_Options(*ctx.options), ctx.rng_state)
-        return pushforward(formula, ctx.saved_tensors[:6], tangents[:6])
+        return pushforward(formula, 2, ctx.saved_tensors[:6], tangents[:6])
 
 
 class _AttentionGradient(torch.autograd.Function):
@@ -255,7 +259,7 @@ def _attend(
     tensors = (q, k, v, attn_mask, alibi_slopes, sinks)
     triton = chosen == "triton"
     if wants_gradient(*tensors):
-        return _Attention.apply(*tensors, rng_state, triton, *options)
+        return (_AttentionDual if forward_mode() else _Attention).apply(*tensors, rng_state, triton, *options)
     return _operator(triton, "forward")(*tensors, *options, rng_state)
 
 

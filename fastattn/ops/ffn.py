@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import pullback_of_gradient, pushforward
-from fastattn.ops._select import choose, wants_gradient
+from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
+from fastattn.ops._select import choose
 from fastattn.reference.ffn import ACTIVATIONS, GATED_ACTIVATIONS, ffn_rows
 
 __all__ = ["ffn", "glu_ffn"]
@@ -63,9 +63,13 @@ class _FFN(torch.autograd.Function):
         grads = gradient(dout, *tensors, pre, gate, ctx.rng_state, ctx.triton, *wanted, *ctx.options)
         return (*[g if need else None for g, need in zip(grads, needs, strict=True)], None, None, None, None)
 
+
+class _FFNDual(_FFN):
+    """With a tangent rule: a class of its own, since torch.compile takes no Function that has one."""
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        (dout,) = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), ctx.saved_tensors[:7], tangents[:7])
+        (dout,) = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), 1, ctx.saved_tensors[:7], tangents[:7])
         return dout, None, None
 
 
@@ -190,7 +194,7 @@ def _feed_forward(
         dense = [t if t is None else t.contiguous() for t in matrices]
         triton = chosen == "triton"
         if wants_gradient(*dense):
-            out, _, _ = _FFN.apply(*dense, rng_state, triton, *options)
+            out, _, _ = (_FFNDual if forward_mode() else _FFN).apply(*dense, rng_state, triton, *options)
         else:
             out, _, _ = _operator(triton, "forward")(*dense, *options, rng_state, False)
     return out.reshape(*x.shape[:-1], out.shape[-1])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import pullback_of_gradient, pushforward
-from fastattn.ops._select import choose, wants_gradient
+from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
+from fastattn.ops._select import choose
 from fastattn.reference.norm import default_eps, norm_rows
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -91,9 +91,13 @@ class _Norm(torch.autograd.Function):
             *[None] * (2 + len(ctx.options)),
         )
 
+
+class _NormDual(_Norm):
+    """With a tangent rule: a class of its own, since torch.compile takes no Function that has one."""
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        dy, dh = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), ctx.saved_tensors[:4], tangents[:4])
+        dy, dh = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), 2, ctx.saved_tensors[:4], tangents[:4])
         return dy, dh if ctx.changed else dh.new_zeros(0), None, None
 
 
@@ -231,7 +235,7 @@ def _norm(
         ]
         triton = chosen == "triton"
         if wants_gradient(*tensors):
-            y, h, _, _ = _Norm.apply(*tensors, rng_state, triton, *options)
+            y, h, _, _ = (_NormDual if forward_mode() else _Norm).apply(*tensors, rng_state, triton, *options)
         else:
             y, h, _, _ = _operator(triton, "forward")(*tensors, *options, rng_state)
     y = y.reshape(x.shape)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.ops import _validate
+from fastattn.ops._derivatives import forward_mode, wants_gradient
 from fastattn.ops._library import accumulation_dtype
-from fastattn.ops._select import choose, wants_gradient
+from fastattn.ops._select import choose
 
 __all__ = ["rope"]
 
 
 class _Rope(torch.autograd.Function):
-    """The operator is linear in x: its gradient and its tangent are rotations by the opposite and the same angle."""
+    """The operator is linear in x: its gradient is the rotation by the opposite angle, its tangent the same rotation."""
 
     generate_vmap_rule = True
 
@@ -35,6 +36,10 @@ class _Rope(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         return _Rope.apply(dy, cos, sin, ctx.interleaved, not ctx.conjugate), None, None, None, None
+
+
+class _RopeDual(_Rope):
+    """With a tangent rule: a class of its own, since torch.compile takes no Function that has one."""
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dcos: Any, dsin: Any, *_: Any) -> Tensor:
@@ -84,5 +89,5 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, impl
     if x.stride(-1) != 1:
         x = x.contiguous()
     if wants_gradient(x):
-        return _Rope.apply(x, *angles, interleaved, False)
+        return (_RopeDual if forward_mode() else _Rope).apply(x, *angles, interleaved, False)
     return torch.ops.fastattn.rope(x, *angles, interleaved, False)
