@@ -232,3 +232,25 @@ inline void transpose(VecF (&block)[8]) {
     block[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
 }
+
+struct VecU64 {
+  static constexpr int kLanes = 4;
+  __m256i v;
+  VecU64() = default;
+  explicit VecU64(__m256i x) : v(x) {}
+  explicit VecU64(uint32_t x) : v(_mm256_set1_epi32(static_cast<int>(x))) {}
+  static VecU64 counters(uint32_t start) {
+    return VecU64(_mm256_add_epi64(_mm256_set1_epi64x(start), _mm256_setr_epi64x(0, 2, 1, 3)));
+  }
+};
+inline VecU64 operator^(VecU64 a, VecU64 b) { return VecU64(_mm256_xor_si256(a.v, b.v)); }
+inline void mul_hi_lo(VecU64 a, uint32_t b, VecU64* hi, VecU64* lo) {
+  lo->v = _mm256_mul_epu32(a.v, _mm256_set1_epi32(static_cast<int>(b)));
+  hi->v = _mm256_srli_epi64(lo->v, 32);
+}
+constexpr int kWordVectors = 2;
+inline void words_in_order(VecU64 a, VecU64 b, VecU64 c, VecU64 d, VecU32* words) {
+  const __m256i ab = _mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xaa);
+  const __m256i cd = _mm256_blend_epi32(c.v, _mm256_slli_epi64(d.v, 32), 0xaa);
+  words[0] = VecU32(_mm256_unpacklo_epi64(ab, cd)), words[1] = VecU32(_mm256_unpackhi_epi64(ab, cd));
+}

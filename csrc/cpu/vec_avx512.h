@@ -205,3 +205,25 @@ inline void transpose(VecF (&block)[16]) {
     block[i + 12].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
   }
 }
+
+struct VecU64 {
+  static constexpr int kLanes = 8;
+  __m512i v;
+  VecU64() = default;
+  explicit VecU64(__m512i x) : v(x) {}
+  explicit VecU64(uint32_t x) : v(_mm512_set1_epi32(static_cast<int>(x))) {}
+  static VecU64 counters(uint32_t start) {
+    return VecU64(_mm512_add_epi64(_mm512_set1_epi64(start), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7)));
+  }
+};
+inline VecU64 operator^(VecU64 a, VecU64 b) { return VecU64(_mm512_xor_si512(a.v, b.v)); }
+inline void mul_hi_lo(VecU64 a, uint32_t b, VecU64* hi, VecU64* lo) {
+  lo->v = _mm512_mul_epu32(a.v, _mm512_set1_epi32(static_cast<int>(b)));
+  hi->v = _mm512_srli_epi64(lo->v, 32);
+}
+constexpr int kWordVectors = 2;
+inline void words_in_order(VecU64 a, VecU64 b, VecU64 c, VecU64 d, VecU32* words) {
+  const __m512i ab = _mm512_mask_blend_epi32(0xaaaa, a.v, _mm512_slli_epi64(b.v, 32));
+  const __m512i cd = _mm512_mask_blend_epi32(0xaaaa, c.v, _mm512_slli_epi64(d.v, 32));
+  words[0] = VecU32(_mm512_unpacklo_epi64(ab, cd)), words[1] = VecU32(_mm512_unpackhi_epi64(ab, cd));
+}

@@ -147,3 +147,25 @@ inline Vec<float> keep(bool mask, Vec<float> x) { return mask ? x : Vec<float>::
 
 // block[i] lane j <-> block[j] lane i, for kLanes vectors.
 inline void transpose(VecF (&)[1]) {}
+
+// 32-bit numbers in 64-bit lanes: a product needs one multiplication instead of VecU32's two. What is above bit 31 is noise, which
+// nothing looks at.
+struct VecU64 {
+  static constexpr int kLanes = 1;
+  uint64_t v;
+  VecU64() = default;
+  explicit VecU64(uint32_t x) : v(x) {}
+  // start, start + 1, ... in the order that words_in_order undoes.
+  static VecU64 counters(uint32_t start) { return VecU64(start); }
+};
+inline VecU64 operator^(VecU64 a, VecU64 b) { return VecU64(a.v ^ b.v); }
+inline void mul_hi_lo(VecU64 a, uint32_t b, VecU64* hi, VecU64* lo) {
+  lo->v = (a.v & 0xffffffffu) * b;
+  hi->v = lo->v >> 32;
+}
+// words = a, b, c, d of the first counter, then of the second, ...: 4 * VecU64::kLanes words in kWordVectors vectors.
+constexpr int kWordVectors = 4;
+inline void words_in_order(VecU64 a, VecU64 b, VecU64 c, VecU64 d, VecU32* words) {
+  words[0] = VecU32(static_cast<uint32_t>(a.v)), words[1] = VecU32(static_cast<uint32_t>(b.v));
+  words[2] = VecU32(static_cast<uint32_t>(c.v)), words[3] = VecU32(static_cast<uint32_t>(d.v));
+}
