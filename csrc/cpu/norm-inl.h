@@ -7,7 +7,7 @@
 //   g = dy w    c1 = Σg / N (0 for rms)    c2 = Σ(g xhat) / N       dh_total = dh + rstd (g - c1 - xhat c2)
 //   dx = dropout mask · dh_total    dweight = Σ_rows dy xhat        dbias = Σ_rows dy
 //
-// The variance is centred (two passes over a row that the first pass left in cache), so a large mean cancels nothing.
+// The variance is centred (a second pass over a row that the first left in cache), so a large mean cancels nothing.
 // dweight and dbias: every chunk of rows adds up its own partial sums, norm_backward_reduce adds the chunks in order.
 // Chunks depend on the shape alone, so the result does not depend on threads.
 
@@ -89,38 +89,56 @@ template <class T>
 inline void drop_and_add(const T* x, const T* addend, T* out, int64_t n, const Dropout& dropout, int64_t row,
                          float* factor) {
   using A = Acc<T>;
+  // Factors are float32: for float64 they are 0 or 1, and the scale is applied apart.
+  Dropout drawn = dropout;
+  if (std::is_same_v<A, double>) drawn.scale = 1;
+  const Vec<A> scale(static_cast<A>(dropout.scale / drawn.scale));
   for (int64_t begin = 0; begin < n; begin += kDropoutColumns) {
     const int64_t count = std::min(kDropoutColumns, n - begin);
     if (dropout.threshold > 0) {
-      dropout_factors(dropout, begin, count, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), factor);
+      dropout_factors(drawn, begin, count, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), factor);
     }
     each_vector<A>(count, [&](int64_t i, int, auto vector) {
       Vec<A> value = vector.load(x + begin + i);
-      if (dropout.threshold > 0) value = value * vector.load(factor + i);
+      if (dropout.threshold > 0) value = value * (vector.load(factor + i) * scale);
       if (addend != nullptr) value = value + vector.load(addend + begin + i);
       vector.store(value, out + begin + i);
     });
   }
 }
 
-template <class T>
-inline Acc<T> row_mean(const T* x, int64_t n) {
-  using A = Acc<T>;
-  FourSums<A> sum = FourSums<A>::zero();
-  each_vector<A>(n, [&](int64_t i, int slot, auto vector) { sum.slot[slot] = sum.slot[slot] + vector.load(x + i); });
-  return sum.total() / static_cast<A>(n);
-}
+template <class A>
+struct Moments {
+  A mean, variance;
+};
 
+// Mean and variance in two passes. The second also adds up the deviations, which would be zero for an exact mean: they
+// correct it.
 template <class T>
-inline Acc<T> row_variance(const T* x, int64_t n, Acc<T> mean) {
+inline Moments<Acc<T>> row_moments(const T* x, int64_t n) {
   using A = Acc<T>;
-  FourSums<A> sum = FourSums<A>::zero();
+  FourSums<A> sum = FourSums<A>::zero(), deviations = sum, squares = sum;
+  each_vector<A>(n, [&](int64_t i, int slot, auto vector) { sum.slot[slot] = sum.slot[slot] + vector.load(x + i); });
+  const A mean = sum.total() / static_cast<A>(n);
   const Vec<A> centre(mean);
   each_vector<A>(n, [&](int64_t i, int slot, auto vector) {
     const Vec<A> d = vector.only(vector.load(x + i) - centre);
-    sum.slot[slot] = fma(d, d, sum.slot[slot]);
+    deviations.slot[slot] = deviations.slot[slot] + d;
+    squares.slot[slot] = fma(d, d, squares.slot[slot]);
   });
-  return sum.total() / static_cast<A>(n);
+  const A error = deviations.total() / static_cast<A>(n);
+  return {mean + error, squares.total() / static_cast<A>(n) - error * error};
+}
+
+template <class T>
+inline Acc<T> row_mean_square(const T* x, int64_t n) {
+  using A = Acc<T>;
+  FourSums<A> squares = FourSums<A>::zero();
+  each_vector<A>(n, [&](int64_t i, int slot, auto vector) {
+    const Vec<A> value = vector.load(x + i);
+    squares.slot[slot] = fma(value, value, squares.slot[slot]);
+  });
+  return squares.total() / static_cast<A>(n);
 }
 
 // y = (x - mean) rstd w + b, and the next row on its way into the cache meanwhile.
@@ -157,8 +175,8 @@ inline void norm_forward_rows(const NormForwardParams& p, Range range) {
       drop_and_add(x, residual, h, n, p.dropout, row, factor);
       x = h;
     }
-    const A mean = p.rms ? A(0) : row_mean(x, n);
-    const A rstd = A(1) / std::sqrt(row_variance(x, n, mean) + static_cast<A>(p.eps));
+    const Moments<A> moments = p.rms ? Moments<A>{A(0), row_mean_square(x, n)} : row_moments(x, n);
+    const A mean = moments.mean, rstd = A(1) / std::sqrt(moments.variance + static_cast<A>(p.eps));
     if (!p.rms) static_cast<A*>(p.mean)[row] = mean;
     static_cast<A*>(p.rstd)[row] = rstd;
     T* y = static_cast<T*>(p.y) + row * n;

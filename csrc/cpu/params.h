@@ -37,7 +37,7 @@ struct Dropout {
   uint64_t seed = 0;
   uint32_t offset = 0;
   uint32_t threshold = 0;
-  float scale = 1.0f;
+  double scale = 1;
 };
 
 // y[b,h,n,:] = x[b,h,n,:] with the first 2*half_dim channels rotated by the angles of row n. Work item: (b, h, n) flattened.

@@ -1,7 +1,9 @@
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the source of every dropout mask.
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the source of every dropout
+// mask.
 //
-// Element (x, y, z) of a call draws word x % 4 of philox(key = seed, counter = (x / 4, y, z, offset)). For attention x is the key,
-// y the query and z = batch * heads + head; for a matrix x is the column, y and z the low and high half of the row.
+// Element (x, y, z) of a call draws word x % 4 of philox(key = seed, counter = (x / 4, y, z, offset)). For attention x
+// is the key, y the query and z = batch * heads + head; for a matrix x is the column, y and z the low and high half of
+// the row.
 
 template <class U>
 struct PhiloxWords {
@@ -44,7 +46,7 @@ inline Words4 philox(uint64_t seed, VecU32 c0, VecU32 c1, uint32_t c2, uint32_t 
 // factor[x] = scale or 0 for x in [begin, begin + n) of line (y, z): the dropout factors of a run of x. Writes up to
 // 4 * VecU32::kLanes floats beyond n; `begin` is a multiple of 4.
 inline void dropout_factors(const Dropout& dropout, int64_t begin, int64_t n, uint32_t y, uint32_t z, float* factor) {
-  const VecF scale(dropout.scale);
+  const VecF scale(static_cast<float>(dropout.scale));
   const PhiloxKeys keys = philox_keys(dropout.seed);
   for (int64_t x = 0; x < n; x += 4 * VecU64::kLanes) {
     const VecU64 counters = VecU64::counters(static_cast<uint32_t>((begin + x) / 4));

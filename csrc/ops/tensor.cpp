@@ -59,7 +59,7 @@ Dropout make_dropout(double p, const OptionalTensor& rng_state) {
   dropout.seed = static_cast<uint64_t>(state[0]);
   dropout.offset = static_cast<uint32_t>(state[1]);
   dropout.threshold = static_cast<uint32_t>(std::floor(p * 4294967296.0));
-  dropout.scale = static_cast<float>(1.0 / (1.0 - p));
+  dropout.scale = 1.0 / (1.0 - p);
   return dropout;
 }
 
