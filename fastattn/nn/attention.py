@@ -229,12 +229,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             hidden = mask.logical_not()
             scores, empty = scores.masked_fill_(hidden, lowest), hidden.all(dim=-1, keepdim=True)
         elif mask is not None:
-            scores, empty = scores + mask.clamp(min=lowest), (mask == _HIDDEN).all(dim=-1, keepdim=True)
+            added = mask.clamp(min=lowest)
+            scores = scores.add_(added) if added.dtype == scores.dtype else scores + added
+            empty = (mask == _HIDDEN).all(dim=-1, keepdim=True)
         if self.add_zero_attn:
             scores, empty = F.pad(scores, (0, 1)), None
         weights = scores.softmax(dim=-1).to(q.dtype)
         if empty is not None:
-            weights = weights.masked_fill(empty, 0.0)
+            weights = weights.masked_fill(empty, 0.0) if weights.requires_grad else weights.masked_fill_(empty, 0.0)
         weights = F.dropout(weights, dropout_p)
         return weights[..., : k.shape[2]] @ v, weights
 

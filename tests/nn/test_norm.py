@@ -10,6 +10,10 @@ from torch import nn
 
 import fastattn
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors", "ignore:Mismatch dtype between input"
+)
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [(fastattn.nn.LayerNorm, nn.LayerNorm), (fastattn.nn.RMSNorm, nn.RMSNorm)]
 
