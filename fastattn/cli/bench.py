@@ -22,10 +22,8 @@ from fastattn.cli import cases, check, machine
 from fastattn.cli.cases import Case
 from fastattn.cli.measure import MatrixPeak, Timing, interleave
 from fastattn.cli.peers import PEERS, peers
-from fastattn.cli.plot import plot
+from fastattn.cli.plot import plot as plot
 from fastattn.cli.table import Progress, print_table
-
-__all__ = ["Row", "plot", "render", "run", "run_quick"]
 
 DIRECTIONS = ("forward", "forward+backward")
 SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
@@ -162,13 +160,13 @@ class Bench:
         implementation, isa, reason = check.running(case, oracle.tensors, self.implementation)
         start: dict[str, Any] = {"op": case.op, "case": case.label, "shape": case.shape, "dtype": dtype_name}
         start |= {"implementation": implementation, "isa": isa}
-        verdict, note = (check.UNAVAILABLE, reason) if reason else self._gate(oracle)
+        verdict, note = (check.UNAVAILABLE, reason) if reason else gate(oracle, self.implementation)
         if verdict != check.OK:
             yield Row(**start, direction="", peer="", verdict=verdict, note=note, **self.facts)
             return
         for direction in DIRECTIONS:
-            timings = self._times(case, oracle, direction)
             amount, unit = work(case, dtype, direction)
+            timings = self._times(case, oracle, direction, unit)
             ours = timings.pop(OURS)
             rate = amount / ours.median / 1e9
             if COPY in timings:
@@ -196,37 +194,44 @@ class Bench:
                     **self.facts,
                 )
 
-    def _gate(self, oracle: check.Oracle) -> tuple[str, str]:
-        """The check's verdict on this shape, output and all gradients, and its reason if it is not OK."""
-        try:
-            for name, error, _, allowed in oracle.judge(self.implementation):
-                if not error <= allowed:
-                    return check.FAILED, f"{name}: error {error:.1e} > {allowed:.1e}"
-        except Exception as error:  # as in check: the others' rows are still wanted
-            return check.FAILED, check.brief(error)
-        return check.OK, ""
+    def _times(self, case: Case, oracle: check.Oracle, direction: str, unit: str) -> dict[str, Timing]:
+        calls = contenders(case, oracle, self.implementation, self.wanted, direction)
+        if unit == "GB/s":
+            x = oracle.tensors["x"].detach()
+            target = torch.empty_like(x)
+            calls[COPY] = lambda: target.copy_(x)
+        if "compile" in calls:
+            calls["compile"]()  # compilation must not count as the first run
+        return interleave(calls, self.budget, self.device)
 
-    def _times(self, case: Case, oracle: check.Oracle, direction: str) -> dict[str, Timing]:
-        t = oracle.tensors
-        calls: dict[str, Callable[[], cases.Outputs]] = {OURS: lambda: cases.ours(case, t, self.implementation)}
-        calls |= peers(case, t, self.wanted)
-        contenders: dict[str, Callable[[], object]] = {
-            name: _forward(call) if direction == "forward" else _both(call, oracle) for name, call in calls.items()
-        }
-        if work(case, next(iter(t.values())).dtype, direction)[1] == "GB/s":
-            source = t["x"].detach()
-            target = torch.empty_like(source)
-            contenders[COPY] = lambda: target.copy_(source)
-        if "compile" in contenders:
-            contenders["compile"]()  # compilation must not count as the first run
-        return interleave(contenders, self.budget, self.device)
+
+def gate(oracle: check.Oracle, implementation: str) -> tuple[str, str]:
+    """The check's verdict on this very shape, output and all gradients, and its reason if it is not OK."""
+    try:
+        for name, error, _, allowed in oracle.judge(implementation):
+            if not error <= allowed:
+                return check.FAILED, f"{name}: error {error:.1e} > {allowed:.1e}"
+    except Exception as error:  # as in check: the others' rows are still wanted
+        return check.FAILED, check.brief(error)
+    return check.OK, ""
+
+
+def contenders(
+    case: Case, oracle: check.Oracle, implementation: str, wanted: Sequence[str], direction: str
+) -> dict[str, Callable[[], object]]:
+    """What is timed, ready to call, by name: fastattn first, then the peers among ``wanted`` that exist for the case."""
+    t = oracle.tensors
+    calls: dict[str, Callable[[], cases.Outputs]] = {OURS: lambda: cases.ours(case, t, implementation)}
+    calls |= peers(case, t, wanted)
+    wrap = _forward if direction == "forward" else _both
+    return {name: wrap(call, oracle) for name, call in calls.items()}
 
 
 def _named(timing: Timing, prefix: str) -> dict[str, Any]:
     return {prefix + name: value for name, value in asdict(timing).items()}
 
 
-def _forward(call: Callable[[], cases.Outputs]) -> Callable[[], object]:
+def _forward(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
     def forward() -> object:
         with torch.no_grad():
             return call()

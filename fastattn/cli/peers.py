@@ -22,11 +22,16 @@ PEERS = {
 }
 
 
+def peer_names(op: str) -> tuple[str, ...]:
+    """The peers that exist for ``op``. torch.compile turns written-out attention into SDPA, which is there already."""
+    return ("sdpa", "eager") if "attention" in op else ("eager", "compile")
+
+
 def peers(case: Case, t: dict[str, Tensor], wanted: Sequence[str]) -> dict[str, Callable[[], Outputs]]:
     """The calls among ``wanted`` that exist for this case, by the name to print (``sdpa:flash``)."""
     found: dict[str, Callable[[], Outputs]] = {}
-    attention = "attention" in case.op
-    if "sdpa" in wanted and attention and _sdpa_can(case):
+    wanted = [name for name in wanted if name in peer_names(case.op)]
+    if "sdpa" in wanted and _sdpa_can(case):
         mask, keywords = _sdpa_arguments(case, t)
         name = sdpa_backend(t["q"], t["k"], t["v"], mask, **keywords)
         found[f"sdpa:{name}"] = lambda: {
@@ -34,8 +39,7 @@ def peers(case: Case, t: dict[str, Tensor], wanted: Sequence[str]) -> dict[str, 
         }
     if "eager" in wanted:
         found["eager"] = lambda: cases.plain(case, t, cases.torch_product)
-    # torch.compile turns written-out attention into SDPA, which is there already.
-    if "compile" in wanted and not attention and _can_compile():
+    if "compile" in wanted and _can_compile():
         torch.compiler.reset()  # after 8 shapes of one function, torch.compile quietly runs it eagerly
         compiled = torch.compile(lambda tensors: cases.plain(case, tensors, cases.torch_product), dynamic=False)
         found["compile"] = lambda: compiled(t)
