@@ -13,6 +13,10 @@ struct KernelTable {
   void (*norm_forward)(const NormForwardParams&, Range);
   void (*norm_backward)(const NormBackwardParams&, Range);
   void (*norm_backward_reduce)(const NormBackwardParams&, Range);
+
+  int64_t attention_queries, attention_keys;  // rows and keys of one block: what attention's work items count
+  void (*attention_forward)(const AttentionParams&, Range);
+  void (*attention_backward)(const AttentionBackwardParams&, Range);
 };
 
 // The table of the ISA in force, and of a given one (compiled in for every x86-64 build; call only if isa_available()).

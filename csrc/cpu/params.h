@@ -95,4 +95,46 @@ struct NormBackwardParams {
   Dropout dropout;
 };
 
+// softmax(score) v with every feature of fastattn.attention; the formulas are in attention_score-inl.h. Tensors are
+// (batch, heads | heads_kv, rows | keys, channels) with unit last stride; strides below are of the first three extents.
+struct AttentionParams {
+  DType dtype, mask_dtype;
+  int64_t batch, heads, heads_kv, rows, keys, head_dim, head_dim_v;
+  const void *q, *k, *v;
+  int64_t q_stride[3], k_stride[3], v_stride[3];
+  const void* mask;        // null, bool (true = visible) or additive
+  int64_t mask_stride[4];  // 0 where the mask's extent is 1
+  const void* slopes;      // null or ALiBi slopes (1 | batch, heads) in the accumulation dtype, contiguous
+  int64_t slopes_stride_batch;
+  const void* sinks;  // null or (heads,) in the accumulation dtype
+  double scale, softcap;
+  int64_t window_left, window_right, diagonal;  // key j is visible to row i iff -left <= j - (i + diagonal) <= right
+  Dropout dropout;
+  double dropout_scale;  // 1 / (1 - p) in double
+  void* out;  // (batch, heads, rows, head_dim_v)
+  int64_t out_stride[3];
+  void* lse;  // (batch, heads, rows), contiguous, in the accumulation dtype
+};
+
+// What one call of the backward kernel computes, and so what its work items are.
+enum class AttentionStage {
+  kAll,       // (b, kv head): every gradient of q, k and v at five products a block
+  kQueries,   // (b, head, query block): dq and the row sums, at three products
+  kKeys,      // (b, kv head, key block): dk and dv, at four; together with kQueries bitwise equal to kAll
+  kMask,      // (mask batch | 1, mask head | 1, query block | 1, key block | 1): dmask
+  kFinish,    // head: dslopes and dsinks from the row sums
+};
+
+struct AttentionBackwardParams : AttentionParams {
+  AttentionStage stage;
+  const void* dout;
+  int64_t dout_stride[3];
+  const void* dlse;  // null or like lse
+  void *dq, *dk, *dv;  // contiguous
+  void* dmask;         // null or contiguous, mask_extent[i] == 1 where the mask is broadcast
+  int64_t mask_extent[4];
+  void *dslopes, *dsinks;       // null or like slopes and sinks
+  void *delta, *slope_rows;     // (batch, heads, rows) accumulators behind dsinks and dslopes
+};
+
 }  // namespace fastattn

@@ -7,7 +7,10 @@
 #include "cpu/philox-inl.h"
 #include "cpu/gemm_micro-inl.h"
 #include "cpu/rope-inl.h"
-
+#include "cpu/attention_score-inl.h"
+#include "cpu/attention_keys-inl.h"
+#include "cpu/attention_forward-inl.h"
+#include "cpu/attention_backward-inl.h"
 #include "cpu/norm-inl.h"
 // clang-format on
 
@@ -18,4 +21,9 @@ const KernelTable kTable = {
     norm_forward,
     norm_backward,
     norm_backward_reduce,
+
+    kAttentionQueries,
+    kAttentionKeys,
+    attention_forward,
+    attention_backward,
 };

@@ -13,9 +13,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const
                                                          const Tensor& rstd, bool rms, double dropout_p,
                                                          const OptionalTensor& rng_state, bool weight_grad,
                                                          bool bias_grad);
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                             const OptionalTensor& sinks, double softmax_scale, int64_t window_left,
+                                             int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
+                                             const OptionalTensor& rng_state);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
+    const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad, bool sinks_grad);
 }  // namespace fastattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
   m.impl("rope", TORCH_BOX(&fastattn::rope));
 
   m.impl("norm_forward", TORCH_BOX(&fastattn::norm_forward));

@@ -1,0 +1,228 @@
+// Scores of attention: exponentials, masks and dropout on blocks of S^T.
+//
+// Every block lies transposed, S^T[key][query]: queries are the lanes of a vector, so that maximum, sum, logsumexp and
+// every per-row factor are lane-wise and nothing is ever reduced across lanes.
+//
+//   score(i, j) = softcap * tanh(scale * q_i.k_j / softcap)  [or scale * q_i.k_j]  + mask(i, j) - slope * |i + diagonal
+//   - j|
+//
+// and -inf where j is not visible to i. A masked score is replaced, never added to, so that a NaN in a masked key stays
+// where it is.
+
+// Exponentials are taken in base e^(1/kLogUnit): 2 in single precision, e in double.
+template <class A>
+constexpr A kLogUnit = std::is_same_v<A, float> ? A(1.44269504088896340736) : A(1);
+
+// 2^x, relative error 9e-8 (degree 5), or 3e-6 (degree 4) where 16-bit storage hides it. NaN stays; x > 128 gives inf.
+template <bool kCoarse>
+inline VecF exp_unit(VecF x) {
+  x = max(VecF(-160.0f), x);
+  const VecF n = round_nearest(x), r = x - n;
+  VecF p;
+  if constexpr (kCoarse) {
+    p = fma(r, VecF(9.582852994e-3f), VecF(5.590642474e-2f));
+    p = fma(p, r, VecF(2.402409861e-1f));
+    p = fma(p, r, VecF(6.931241934e-1f));
+  } else {
+    p = fma(r, VecF(1.326472707e-3f), VecF(9.671512649e-3f));
+    p = fma(p, r, VecF(5.550733744e-2f));
+    p = fma(p, r, VecF(2.402224209e-1f));
+    p = fma(p, r, VecF(6.931469776e-1f));
+  }
+  return scale_by_rounded(fma(p, r, VecF(1.0f)), min(VecF(129.0f), n));
+}
+template <bool kCoarse>
+inline VecD exp_unit(VecD x) {
+  return exp(x);
+}
+
+// tanh with small relative error: an odd polynomial below 0.625 (Cephes tanhf), 1 - 2 / (e^2x + 1) above.
+inline VecF cap_tanh(VecF x) {
+  const VecF magnitude = abs(x), square = x * x;
+  VecF p = fma(square, VecF(-5.70498872745e-3f), VecF(2.06390887954e-2f));
+  p = fma(p, square, VecF(-5.37397155531e-2f));
+  p = fma(p, square, VecF(1.33314422036e-1f));
+  p = fma(p, square, VecF(-3.33332819422e-1f));
+  const VecF small = fma(p * square, x, x);
+  const VecF large = VecF(1.0f) - VecF(2.0f) / (exp(magnitude + magnitude) + VecF(1.0f));
+  return select(lt(magnitude, VecF(0.625f)), small, copysign(large, x));
+}
+inline VecD cap_tanh(VecD x) {
+  return per_lane(x, [](double t) { return std::tanh(t); });
+}
+
+// The first n values of storage as lanes; bool as an additive mask.
+template <class S>
+inline VecF load_lanes(const S* from, int64_t n) {
+  return VecF::load_n(from, n);
+}
+inline VecF load_lanes(const bool* from, int64_t n) {
+  return select(load_mask<float>(from, n), VecF::zero(), VecF(-std::numeric_limits<float>::infinity()));
+}
+
+// to[c * ld_to + r] = from[r * ld_from + c], converting between storage and accumulation dtypes.
+template <class From, class To>
+inline void transpose_block(const From* from, int64_t ld_from, int64_t rows, int64_t columns, To* to, int64_t ld_to) {
+  if constexpr (std::is_same_v<From, double> || std::is_same_v<To, double>) {
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < rows; ++r) to[c * ld_to + r] = from_acc<To>(to_acc(from[r * ld_from + c]));
+    }
+  } else {
+    constexpr int kLanes = VecF::kLanes;
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t height = std::min<int64_t>(kLanes, rows - r);
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        const int64_t width = std::min<int64_t>(kLanes, columns - c);
+        VecF block[kLanes];
+        if (height == kLanes && width == kLanes) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) block[i] = load_lanes(from + (r + i) * ld_from + c, kLanes);
+          transpose(block);
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) block[i].store(to + (c + i) * ld_to + r);
+          continue;
+        }
+        for (int i = 0; i < kLanes; ++i) {
+          block[i] = i < height ? load_lanes(from + (r + i) * ld_from + c, width) : VecF::zero();
+        }
+        transpose(block);
+        for (int i = 0; i < width; ++i) block[i].store_n(to + (c + i) * ld_to + r, height);
+      }
+    }
+  }
+}
+
+// One block of scores: rows (queries) [row, row + rows) padded to `lanes`, keys [key, key + keys).
+struct ScoreBlock {
+  int64_t batch, head, row, rows, lanes, key, keys;
+};
+
+// First and one past the last key visible to any of the rows [row, row + rows) by the window alone.
+inline Range visible_keys(const AttentionParams& p, int64_t row, int64_t rows) {
+  Range keys{0, p.keys};
+  if (p.window_left >= 0) keys.begin = std::max<int64_t>(0, row + p.diagonal - p.window_left);
+  if (p.window_right >= 0) keys.end = std::min<int64_t>(p.keys, row + rows + p.diagonal + p.window_right);
+  // Dropout draws four keys at a time.
+  keys.begin = std::min(keys.begin, p.keys) & ~int64_t{3};
+  keys.end = std::max(keys.begin, keys.end);
+  return keys;
+}
+
+// Whether the window hides some key of the block from some row of it.
+inline bool window_cuts(const AttentionParams& p, const ScoreBlock& block) {
+  const int64_t first = block.row + p.diagonal, last = first + block.rows - 1;
+  return (p.window_left >= 0 && block.key < last - p.window_left) ||
+         (p.window_right >= 0 && block.key + block.keys - 1 > first + p.window_right);
+}
+
+template <class A>
+inline A mask_value(bool visible) {
+  return visible ? A(0) : -std::numeric_limits<A>::infinity();
+}
+template <class A, class M>
+inline A mask_value(M x) {
+  return static_cast<A>(to_acc(x));
+}
+
+// tile[key][lane] = additive mask of the block, bool as 0 and -inf; lanes beyond the rows hold -inf. False if nothing
+// in the block is visible.
+template <class A, class M>
+inline bool load_mask_tile(const AttentionParams& p, const ScoreBlock& block, A* tile) {
+  using V = Vec<A>;
+  constexpr A kHidden = -std::numeric_limits<A>::infinity();
+  const int64_t *stride = p.mask_stride, lanes = block.lanes;
+  const M* mask = static_cast<const M*>(p.mask) + block.batch * stride[0] + block.head * stride[1] +
+                  block.row * stride[2] + block.key * stride[3];
+  if (stride[2] == 0) {
+    for (int64_t j = 0; j < block.keys; ++j) {
+      const V value(mask_value<A>(mask[j * stride[3]]));
+      for (int64_t c = 0; c < lanes; c += V::kLanes) value.store(tile + j * lanes + c);
+    }
+  } else {
+    bool done = false;
+    if constexpr (std::is_same_v<A, float> && !std::is_same_v<M, double>) {
+      if (stride[3] == 1) {
+        transpose_block(mask, stride[2], block.rows, block.keys, tile, lanes);
+        done = true;
+      }
+    }
+    for (int64_t j = 0; j < block.keys; ++j) {
+      for (int64_t c = done ? block.rows : 0; c < lanes; ++c) {
+        tile[j * lanes + c] = c < block.rows ? mask_value<A>(mask[c * stride[2] + j * stride[3]]) : kHidden;
+      }
+    }
+  }
+  V highest(kHidden);
+  for (int64_t i = 0; i < block.keys * lanes; i += V::kLanes) highest = max(highest, V::load(tile + i));
+  return !(reduce_max(highest) == kHidden);
+}
+
+template <class A>
+inline bool load_mask_tile(const AttentionParams& p, const ScoreBlock& block, A* tile) {
+  bool visible = true;
+  if (p.mask_dtype == DType::kBool) return load_mask_tile<A, bool>(p, block, tile);
+  dispatch(p.mask_dtype,
+           [&](auto* type) { visible = load_mask_tile<A, std::remove_pointer_t<decltype(type)>>(p, block, tile); });
+  return visible;
+}
+
+// Whether anything stands between scale * q.k and the score of this block.
+inline bool needs_finish(const AttentionParams& p, const ScoreBlock& block) {
+  return p.mask != nullptr || p.slopes != nullptr || p.softcap > 0 || p.scale < 0 || window_cuts(p, block);
+}
+
+template <class A>
+inline A slope_of(const AttentionParams& p, const ScoreBlock& block) {
+  return static_cast<const A*>(p.slopes)[block.batch * p.slopes_stride_batch + block.head];
+}
+
+// s = q.k in, score out. cap_slope, if given, receives 1 - tanh^2, the softcap's derivative.
+template <class A>
+inline void finish_scores(const AttentionParams& p, const ScoreBlock& block, const A* mask_tile, A* s, A* cap_slope) {
+  using V = Vec<A>;
+  constexpr A kInf = std::numeric_limits<A>::infinity();
+  const V scale(static_cast<A>(p.scale)), hidden(-kInf);
+  const V cap(static_cast<A>(p.softcap)), scale_over_cap(static_cast<A>(p.softcap > 0 ? p.scale / p.softcap : 0));
+  const bool cuts = window_cuts(p, block);
+  const V left(p.window_left >= 0 ? static_cast<A>(p.window_left) : kInf);
+  const V right(p.window_right >= 0 ? static_cast<A>(-p.window_right) : -kInf);
+  const V slope(p.slopes != nullptr ? slope_of<A>(p, block) : A(0));
+  for (int64_t j = 0; j < block.keys; ++j) {
+    for (int64_t c = 0; c < block.lanes; c += V::kLanes) {
+      const int64_t at = j * block.lanes + c;
+      V x = V::load(s + at);
+      if (p.softcap > 0) {
+        const V t = cap_tanh(x * scale_over_cap);
+        x = t * cap;
+        if (cap_slope != nullptr) fnma(t, t, V(A(1))).store(cap_slope + at);
+      } else {
+        x = x * scale;
+      }
+      const V distance = V::iota(static_cast<A>(block.row + c + p.diagonal - block.key - j));
+      if (p.slopes != nullptr) x = fnma(slope, abs(distance), x);
+      if (mask_tile != nullptr) {
+        const V mask = V::load(mask_tile + at);
+        x = select(le(mask, hidden), hidden, x + mask);
+      }
+      if (cuts) x = select(le(distance, left), select(le(right, distance), x, hidden), hidden);
+      x.store(s + at);
+    }
+  }
+}
+
+// tile[key][lane] = 1 where the weight is kept, else 0. block.key is a multiple of 4; the tile has room for keys
+// rounded up to 4.
+inline void dropout_tile(const AttentionParams& p, const ScoreBlock& block, float* tile) {
+  const uint32_t z = static_cast<uint32_t>(block.batch * p.heads + block.head);
+  const VecF one(1.0f);
+  for (int64_t j = 0; j < block.keys; j += 4) {
+    const VecU32 counter(static_cast<uint32_t>((block.key + j) / 4));
+    for (int64_t c = 0; c < block.lanes; c += VecU32::kLanes) {
+      const VecU32 row = VecU32::iota(static_cast<uint32_t>(block.row + c));
+      const Words4 draw = philox(p.dropout.seed, counter, row, z, p.dropout.offset);
+      for (int w = 0; w < 4; ++w) {
+        keep(ge_unsigned(draw.word[w], p.dropout.threshold), one).store(tile + (j + w) * block.lanes + c);
+      }
+    }
+  }
+}
