@@ -29,7 +29,7 @@ from fastattn.models.transformer import Transformer, TransformerConfig
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-#: Called with (weights done, weights in all) while tensors are decoded.
+#: Called with (tensors done, tensors in all) while they are decoded.
 Progress = Callable[[int, int], None]
 
 
@@ -254,15 +254,12 @@ def state_dict_from_gguf(
     if unknown:
         raise file.error(f"{len(unknown)} tensors have no place in this model, the first is {unknown[0]!r}")
 
-    total = sum(math.prod(entry.shape) for entry in file.entries.values())
-    done = 0
     state: dict[str, Tensor] = {}
     for name, parts in plan.items():
         tensors = [file.tensor(*part).to(dtype) for part in parts]
         state[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        done += state[name].numel()
         if progress is not None:
-            progress(done, total)
+            progress(len(state), len(plan))
     return state
 
 
@@ -278,7 +275,7 @@ def from_gguf(
     Args:
         path: the file; quantized weights are decoded to ``dtype``.
         implementation: which implementation the model's operations use.
-        progress: called as ``progress(weights_done, weights_in_all)``.
+        progress: called as ``progress(tensors_done, tensors_in_all)``.
 
     Raises:
         ValueError: naming the file, for one that is truncated, damaged, not GGUF, or of an architecture, rotary scaling or

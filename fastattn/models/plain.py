@@ -65,18 +65,16 @@ class PlainTransformer:
         x = x[:, -1:] if last_only else x
         return F.linear(self._norm(x, self.state, "norm."), self.head)
 
-    def greedy(
-        self, prompt: Sequence[int], max_new_tokens: int, on_token: Callable[[int], None] | None = None
-    ) -> list[int]:
-        """The most probable continuation, token by token."""
+    def greedy(self, prompt: Sequence[int], max_new_tokens: int, stop_tokens: Sequence[int] = ()) -> list[int]:
+        """The most probable continuation, token by token, up to a stop token."""
         with torch.inference_mode():
             self.reset(1, len(prompt) + max_new_tokens)
             tokens, result = torch.tensor([list(prompt)]), []
             for _ in range(max_new_tokens):
                 tokens = self.forward(tokens, last_only=True)[:, -1].argmax(-1, keepdim=True)
+                if int(tokens) in stop_tokens:
+                    break
                 result.append(int(tokens))
-                if on_token is not None:
-                    on_token(result[-1])
         return result
 
     def _norm(self, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_families import FAMILIES, build, with_implementation
+from tolerance import assert_accurate
 
 from fastattn.models import TransformerConfig
-from tests.models.test_transformer import FAMILIES, build, with_implementation
-from tests.tolerance import assert_accurate
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_tiny.py"
 
