@@ -78,4 +78,6 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which matrix products run under the autocast that is active for x's device, None without autocast."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastattn.ops._library import accumulation_dtype
+from fastattn.nn._fusion import autocast_dtype
 from fastattn.ops.norm import layer_norm, rms_norm
 
 __all__ = ["LayerNorm", "RMSNorm"]
@@ -15,7 +14,7 @@ __all__ = ["LayerNorm", "RMSNorm"]
 
 def _as_autocast(x: Tensor | None) -> Any:
     """``x`` in the dtype in which torch normalizes under autocast: float32 on accelerators, unchanged on the CPU."""
-    if x is None or x.device.type == "cpu" or not torch.is_autocast_enabled(x.device.type):
+    if x is None or x.device.type == "cpu" or autocast_dtype(x) is None:
         return x
     return x.float()
 
@@ -102,13 +101,11 @@ class RMSNorm(nn.RMSNorm):
         if x.is_nested:
             _check_plain(residual is not None or dropout_p > 0 or return_residual, x)
             return super().forward(x)
-        x = _as_autocast(x)
-        eps = torch.finfo(accumulation_dtype(x.dtype)).eps if self.eps is None else self.eps
         return rms_norm(
-            x,
+            _as_autocast(x),
             self.normalized_shape,
             _as_autocast(self.weight),
-            eps,
+            self.eps,
             residual=_as_autocast(residual),
             dropout_p=dropout_p,
             return_residual=return_residual,
