@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 import fastattn
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, NotImplementedError) as error:
         print(f"python -m fastattn {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `… | head` has read enough; what is still buffered must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 
