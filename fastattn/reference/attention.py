@@ -121,8 +121,8 @@ def masked_attention(
     logits = scores
     if sinks is not None:
         logits = torch.cat([scores, sinks.to(accumulate).view(1, -1, 1, 1).expand(batch, heads, rows, 1)], dim=-1)
-    if logits.shape[-1] == 0:
-        return values.new_zeros(batch, heads, rows, v.shape[3]).to(q.dtype), values.new_full(shape[:3], -torch.inf)
+    if logits.shape[-1] == 0:  # no key and no sink: an empty sum, still part of the graph
+        return (scores @ values).to(q.dtype), scores.sum(dim=-1) - torch.inf
     # The largest finite logit, or 0 for a row without one: exp then gives exact zeros and no NaN in either direction.
     peak = logits.detach().amax(dim=-1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0)
