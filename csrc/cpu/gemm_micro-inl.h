@@ -34,11 +34,11 @@ constexpr int kGemmRows = VecF::kLanes == 16 ? 14 : VecF::kLanes == 8 ? 6 : 2;
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// One block of R rows by V vectors. Ops supplies the arithmetic: T, A, kStep, kNr, Vec<A> fma(a pointer, B vector,
-// accumulator).
+// One block of R rows by V vectors; meanwhile B's next panel comes into L2, `ahead_step` bytes of it per step of k. Ops
+// supplies the arithmetic: T, A, kStep, kNr, Vec<A> fma(a pointer, B vector, accumulator).
 template <class Ops, int R, int V>
 inline void gemm_block(const typename Ops::T* a, int64_t lda, const typename Ops::T* b, int64_t K, typename Ops::A* c,
-                       int64_t ldc, int64_t columns, bool accumulate) {
+                       int64_t ldc, int64_t columns, bool accumulate, const char* ahead, int64_t ahead_step) {
   using Vector = Vec<typename Ops::A>;
   constexpr int kLanes = Vector::kLanes, kRowOfB = Ops::kNr * Ops::kStep;
   Vector sum[R][V];
@@ -60,6 +60,8 @@ inline void gemm_block(const typename Ops::T* a, int64_t lda, const typename Ops
     }
     a += Ops::kStep;
     b += kRowOfB;
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += ahead_step;
   }
   if (Ops::kStep > 1 && K % Ops::kStep != 0) {
 #pragma GCC unroll 16
@@ -94,32 +96,38 @@ inline void gemm_block(const typename Ops::T* a, int64_t lda, const typename Ops
 }
 
 // gemm_block for a row count known at run time.
-template <class Ops, int V, int R = kGemmRows>
-inline void gemm_rows(int64_t rows, const typename Ops::T* a, int64_t lda, const typename Ops::T* b, int64_t K,
-                      typename Ops::A* c, int64_t ldc, int64_t columns, bool accumulate) {
+template <class Ops, int V, int R = kGemmRows, class... Args>
+inline void gemm_rows(int64_t rows, const Args&... args) {
   if constexpr (R > 0) {
-    if (rows == R) return gemm_block<Ops, R, V>(a, lda, b, K, c, ldc, columns, accumulate);
-    return gemm_rows<Ops, V, R - 1>(rows, a, lda, b, K, c, ldc, columns, accumulate);
+    if (rows == R) return gemm_block<Ops, R, V>(args...);
+    return gemm_rows<Ops, V, R - 1>(rows, args...);
   }
 }
 
-// All blocks of C: panel by panel, so that a panel of B stays in the L1 or L2 cache while the rows of A pass.
+// All blocks of C: panel by panel, so that a panel of B stays in the L1 or L2 cache while the rows of A pass. Every
+// block of rows fetches its share of the next panel, which would otherwise stall the first of them.
 template <class Ops>
 inline void gemm_multiply(const typename Ops::T* a, int64_t lda, const typename Ops::T* packed, int64_t M, int64_t N,
                           int64_t K, typename Ops::A* c, int64_t ldc, bool accumulate) {
   constexpr int kLanes = Vec<typename Ops::A>::kLanes;
   const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
   const int64_t panel_size = Ops::kNr * round_up(K, Ops::kStep);
+  const int64_t share = panel_size * sizeof(*packed) / std::max<int64_t>(1, blocks);
+  const int64_t ahead_step = share / std::max<int64_t>(1, K / Ops::kStep);
   for (int64_t n = 0; n < N; n += Ops::kNr) {
     const typename Ops::T* b = packed + n / Ops::kNr * panel_size;
+    const char* next = reinterpret_cast<const char*>(n + Ops::kNr < N ? b + panel_size : b);
     const int64_t columns = std::min<int64_t>(Ops::kNr, N - n);
     int64_t row = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t rows = (M - row + blocks - block - 1) / (blocks - block);
+      const typename Ops::T* from = a + row * lda;
+      typename Ops::A* to = c + row * ldc + n;
+      const char* ahead = next + block * share;
       if (columns <= kLanes * (kGemmVectors / 2)) {
-        gemm_rows<Ops, kGemmVectors / 2>(rows, a + row * lda, lda, b, K, c + row * ldc + n, ldc, columns, accumulate);
+        gemm_rows<Ops, kGemmVectors / 2>(rows, from, lda, b, K, to, ldc, columns, accumulate, ahead, ahead_step);
       } else {
-        gemm_rows<Ops, kGemmVectors>(rows, a + row * lda, lda, b, K, c + row * ldc + n, ldc, columns, accumulate);
+        gemm_rows<Ops, kGemmVectors>(rows, from, lda, b, K, to, ldc, columns, accumulate, ahead, ahead_step);
       }
       row += rows;
     }

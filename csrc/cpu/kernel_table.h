@@ -17,6 +17,12 @@ struct KernelTable {
   int64_t attention_queries, attention_keys;  // rows and keys of one block: what attention's work items count
   void (*attention_forward)(const AttentionParams&, Range);
   void (*attention_backward)(const AttentionBackwardParams&, Range);
+
+  size_t (*linear_packed_bytes)(const LinearParams&);  // of each product
+  int64_t (*linear_pack_items)(const LinearParams&);
+  void (*linear_pack)(const LinearParams&, Range);
+  void (*linear)(const LinearParams&, Range);
+  void (*column_sums)(const ColumnSumParams&, Range);
 };
 
 // The table of the ISA in force, and of a given one (compiled in for every x86-64 build; call only if isa_available()).

@@ -137,4 +137,52 @@ struct AttentionBackwardParams : AttentionParams {
   void *delta, *slope_rows;     // (batch, heads, rows) accumulators behind dsinks and dslopes
 };
 
+// In the order of fastattn.reference.ffn.ACTIVATIONS.
+enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
+
+// A (M, K) times B (K, N), row-major with leading dimensions; a transposed operand is stored as (K, M), or (N, K).
+struct MatrixProduct {
+  const void *a, *b;
+  int64_t lda, ldb;
+  bool a_transposed, b_transposed;
+  void* packed;  // all of B packed by `linear_pack`, or null: every work item packs the columns it needs
+};
+
+// What becomes of the sums. All matrices are (M, N) with leading dimension N.
+enum class Epilogue : int {
+  kStore,           // c = sum + bias[0]
+  kActivation,      // pre = sum + bias[0], gate = sum2 + bias[1]; c = dropout(act(pre)), or dropout(act(gate) * pre)
+  kActivationGrad,  // sum is the gradient of c above: c again, and the gradients of pre and gate
+};
+
+// One or two products and an epilogue. Work item: a row_block x column_block piece of the result, column blocks
+// fastest. The second product adds to the first's sums, or (second_apart) has its own.
+struct LinearParams {
+  DType dtype;
+  int64_t M, N, K;
+  int products;
+  bool second_apart;
+  MatrixProduct product[2];
+  int64_t row_block, column_block;  // column_block is a multiple of 64
+
+  Epilogue epilogue;
+  const void* bias[2];  // (N,) or null
+  void* c;              // null: not wanted
+  void *pre, *gate;     // kActivation writes them unless null; kActivationGrad reads them (gate null: not gated)
+  void *dpre, *dgate;   // kActivationGrad
+  void *dpre_sums, *dgate_sums;  // kActivationGrad: (row blocks, N) column sums in the accumulation dtype, or null
+  Activation activation;
+  Dropout dropout;
+  double dropout_scale;
+  int64_t first_row;  // the row of the dropout mask that row 0 is
+};
+
+// sums[n] = sum over m of x (M, N), in `to`; x is in `from`. Work item: a column.
+struct ColumnSumParams {
+  DType from, to;
+  int64_t M, N;
+  const void* x;
+  void* sums;
+};
+
 }  // namespace fastattn

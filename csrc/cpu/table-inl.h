@@ -6,6 +6,9 @@
 #include "cpu/math-inl.h"
 #include "cpu/philox-inl.h"
 #include "cpu/gemm_micro-inl.h"
+#include "cpu/gemm-inl.h"
+#include "cpu/activation-inl.h"
+#include "cpu/ffn-inl.h"
 #include "cpu/rope-inl.h"
 #include "cpu/attention_score-inl.h"
 #include "cpu/attention_keys-inl.h"
@@ -26,4 +29,10 @@ const KernelTable kTable = {
     kAttentionKeys,
     attention_forward,
     attention_backward,
+
+    linear_packed_bytes,
+    linear_pack_items,
+    linear_pack,
+    linear,
+    column_sums,
 };

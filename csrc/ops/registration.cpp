@@ -1,4 +1,6 @@
 // The catalogue: which C++ function implements which operator on the CPU. Schemas are in fastattn/ops/_library.py.
+#include <tuple>
+
 #include "ops/tensor.h"
 
 namespace fastattn {
@@ -23,6 +25,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
     const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad, bool sinks_grad);
+
+std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in,
+                                               const OptionalTensor& w_gate, const OptionalTensor& b_gate,
+                                               const Tensor& w_out, const OptionalTensor& b_out, int64_t activation,
+                                               double dropout_p, const OptionalTensor& rng_state, bool save_pre);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
+    const Tensor& dout, const Tensor& x, const Tensor& w_in, const OptionalTensor& w_gate, const Tensor& w_out,
+    const Tensor& pre, const Tensor& gate, int64_t activation, double dropout_p, const OptionalTensor& rng_state,
+    bool x_grad, bool weight_grad, bool bias_grad);
 }  // namespace fastattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
@@ -32,4 +43,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 
   m.impl("norm_forward", TORCH_BOX(&fastattn::norm_forward));
   m.impl("norm_backward", TORCH_BOX(&fastattn::norm_backward));
+  m.impl("ffn_forward", TORCH_BOX(&fastattn::ffn_forward));
+  m.impl("ffn_backward", TORCH_BOX(&fastattn::ffn_backward));
 }
