@@ -82,7 +82,8 @@ Sizes check(const Tensor& x, const Tensor& w_in, const OptionalTensor& w_gate, c
   check_matrix(x, type, "ffn: x is not a contiguous matrix");
   check_matrix(w_in, type, "ffn: w_in is not a contiguous matrix of x's dtype");
   check_matrix(w_out, type, "ffn: w_out is not a contiguous matrix of x's dtype");
-  const Sizes s = {x.size(0), x.size(1), w_in.size(0), w_out.size(0), x.element_size(), w_gate.has_value()};
+  const Sizes s = {x.size(0),         x.size(1), w_in.size(0), w_out.size(0), static_cast<int64_t>(x.element_size()),
+                   w_gate.has_value()};
   FASTATTN_CHECK(w_in.size(1) == s.K && w_out.size(1) == s.F, "ffn: the weights do not fit x");
   if (s.gated) {
     check_matrix(*w_gate, type, "ffn: w_gate is not a contiguous matrix of x's dtype");
