@@ -38,6 +38,7 @@ HOPELESS = 5
 class Row:
     """One measurement. Times are seconds per call, ``rate`` is ours in ``unit``, ``roofline`` is the limit in the same unit.
 
+    ``load`` is the machine's load average before the session began: above its cores, others were competing.
     ``verdict`` is "ok"; or "FAILED" (the check of this very shape did) or "unavailable", and then there are no figures
     and ``note`` says why.
     """
@@ -66,6 +67,7 @@ class Row:
     roofline_percent: float | None = None
     device: str = ""
     threads: int = 0
+    load: float = 0.0
     torch: str = ""
     commit: str | None = None
     date: str = ""
@@ -150,6 +152,7 @@ class Bench:
         self.facts: dict[str, Any] = {
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
+            "load": round(machine.load(), 2),
             "torch": torch.__version__,
             "commit": machine.git_commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -324,6 +327,8 @@ def render(rows: Sequence[Row]) -> None:
     if rows:
         machine_text = f"{rows[0].device}, {rows[0].threads} threads, torch {rows[0].torch}"
         print(f"{machine_text}, commit {rows[0].commit or 'unknown'}")
+        if rows[0].load > machine.cores() + 0.5:
+            print(f"note: load {rows[0].load} on {machine.cores()} cores: others were running, these times mean little")
 
 
 def save(rows: Sequence[Row], path: Path) -> None:

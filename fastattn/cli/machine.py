@@ -42,6 +42,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def load() -> float:
+    """The one-minute load average: processes that run or want to; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def git_commit() -> str | None:
     """Short commit of the checkout this package runs from, with ``+dirty`` if tracked files differ; None elsewhere."""
     root = Path(__file__).resolve().parent.parent.parent

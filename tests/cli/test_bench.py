@@ -91,7 +91,7 @@ def test_json_and_jsonl_rows(command, tmp_path):
         assert 0 < row["p20"] <= row["median"] <= row["p80"]
         assert 0 < row["peer_p20"] <= row["peer_median"] <= row["peer_p80"]
         assert row["samples"] >= 1 and row["threads"] == torch.get_num_threads() and row["torch"] == torch.__version__
-        assert row["device"] and row["date"].endswith("+00:00") and row["implementation"]
+        assert row["load"] >= 0 and row["device"] and row["date"].endswith("+00:00") and row["implementation"]
 
 
 def _tiny(monkeypatch) -> None:
