@@ -194,8 +194,3 @@ inline void run_with_scratch(const Params& p, Range range) {
   ScratchCursor scratch(thread_scratch(bytes + 64));
   Kernel(p, scratch).run(range);
 }
-
-inline void attention_forward(const AttentionParams& p, Range range) {
-  dispatch(p.dtype,
-           [&](auto* type) { run_with_scratch<AttentionForward<std::remove_pointer_t<decltype(type)>>>(p, range); });
-}

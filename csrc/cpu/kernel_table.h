@@ -14,7 +14,8 @@ struct KernelTable {
   void (*norm_backward)(const NormBackwardParams&, Range);
   void (*norm_backward_reduce)(const NormBackwardParams&, Range);
 
-  int64_t attention_queries, attention_keys;  // rows and keys of one block: what attention's work items count
+  // Rows and keys of one block, and keys of a part of a decoding step: what attention's work items count.
+  int64_t attention_queries, attention_keys, attention_decode_keys;
   void (*attention_forward)(const AttentionParams&, Range);
   void (*attention_backward)(const AttentionBackwardParams&, Range);
 

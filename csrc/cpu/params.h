@@ -114,6 +114,8 @@ struct AttentionParams {
   void* out;  // (batch, heads, rows, head_dim_v)
   int64_t out_stride[3];
   void* lse;  // (batch, heads, rows), contiguous, in the accumulation dtype
+  void* partial;  // null, or for few rows (batch, heads, rows, key parts, 2 + head_dim_v): see attention_decode-inl.h
+  bool merge;     // second half of such a call
 };
 
 // What one call of the backward kernel computes, and so what its work items are.

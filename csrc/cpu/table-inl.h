@@ -13,6 +13,7 @@
 #include "cpu/attention_score-inl.h"
 #include "cpu/attention_keys-inl.h"
 #include "cpu/attention_forward-inl.h"
+#include "cpu/attention_decode-inl.h"
 #include "cpu/attention_backward-inl.h"
 #include "cpu/norm-inl.h"
 // clang-format on
@@ -27,6 +28,7 @@ const KernelTable kTable = {
 
     kAttentionQueries,
     kAttentionKeys,
+    kDecodeKeys,
     attention_forward,
     attention_backward,
 

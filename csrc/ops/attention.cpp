@@ -17,6 +17,9 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   FASTATTN_CHECK(k.size(3) == q.size(3), "attention: q and k differ in head_dim");
 }
 
+// Up to this many rows a call is a decoding step: the rest has too few lanes to fill.
+constexpr int64_t kDecodeRows = 8;
+
 // Last stride 1, as the kernels need; any other order of the rest is read in place.
 Tensor unit_last_stride(const Tensor& x) {
   return x.stride(3) == 1 || x.size(3) <= 1 ? x : torch::stable::contiguous(x);
@@ -94,6 +97,17 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   set_strides(out, p.out_stride);
 
   const KernelTable& table = kernels();
+  if (p.rows <= kDecodeRows && p.dropout.threshold == 0) {
+    const int64_t parts = (p.keys + table.attention_decode_keys - 1) / table.attention_decode_keys;
+    const Tensor partial = empty({p.batch * p.heads * p.rows, parts, p.head_dim_v + 2}, lse.scalar_type());
+    p.partial = partial.mutable_data_ptr();
+    if (p.partial != nullptr) {
+      parallel_for(p.batch * p.heads_kv * parts, 1, [&](Range range) { table.attention_forward(p, range); });
+      p.merge = true;
+      table.attention_forward(p, Range{0, p.batch * p.heads * p.rows});
+      return {out, lse};
+    }
+  }
   const int64_t blocks = (p.rows + table.attention_queries - 1) / table.attention_queries;
   parallel_for(p.batch * p.heads * blocks, 1, [&](Range range) { table.attention_forward(p, range); });
   return {out, lse};
