@@ -1,0 +1,101 @@
+"""Softmax attention in Triton: the launchers of ``fastattn::triton_attention_{forward,backward}``.
+
+Contract (shapes, strides, visibility): ``SCHEMAS`` in ``fastattn/ops/_library.py``. The score is defined in ``attention_score.py``, the
+forward pass in ``attention_forward.py``, the gradients in ``attention_backward.py``.
+
+q, k, v and attn_mask are read where they lie (a tensor whose channels are not contiguous is copied first). fp16 and bf16 use tensor
+cores with float32 accumulators; float32 follows ``torch.get_float32_matmul_precision()``: "highest" is exact float32 products,
+"high" and "medium" are TF32.
+"""
+
+import torch
+from torch import Tensor
+
+from fastattn.kernels.attention_backward import launch_backward, mask_gradient
+from fastattn.kernels.attention_forward import launch_forward
+from fastattn.kernels.attention_score import Score, prepare, unit_last_stride
+
+
+def _output_like(q: Tensor, head_dim_v: int) -> Tensor:
+    """(B, H, Nq, Dv) in q's memory order, as the operator's fake announces."""
+    batch, heads, rows, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, rows, heads, head_dim_v).transpose(1, 2)
+    return q.new_empty(batch, heads, rows, head_dim_v)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    diagonal: int,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out (B, H, Nq, Dv) in q's dtype and memory order, lse (B, H, Nq) float32)."""
+    out = _output_like(q, v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if lse.numel():
+        score = Score(softmax_scale, softcap, window_left, window_right, diagonal)
+        inputs, features = prepare(q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state)
+        launch_forward(inputs, features, out, lse)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    diagonal: int,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    mask_grad: bool,
+    slopes_grad: bool,
+    sinks_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dmask, dslopes, dsinks); the last three are (0,) unless asked for. No atomics: two runs give the same bits."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    nothing = q.new_empty(0)
+    dmask = torch.empty_like(attn_mask, memory_format=torch.contiguous_format) if mask_grad else nothing
+    dslopes = torch.empty_like(alibi_slopes) if slopes_grad else nothing
+    dsinks = torch.empty_like(sinks) if sinks_grad else nothing
+    if lse.numel() == 0 or k.shape[2] == 0:
+        for gradient in (dq, dk, dv, dmask, dslopes):
+            gradient.zero_()
+        if sinks_grad:
+            # Without keys lse is the sink itself.
+            dsinks.copy_(dlse.sum((0, 2)) if dlse is not None and k.shape[2] == 0 else torch.zeros_like(dsinks))
+        return dq, dk, dv, dmask, dslopes, dsinks
+
+    score = Score(softmax_scale, softcap, window_left, window_right, diagonal)
+    inputs, features = prepare(q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state)
+    dout, out = unit_last_stride(dout), unit_last_stride(out)
+    delta, slopes_rows = launch_backward(inputs, features, dout, dlse, out, lse, (dq, dk, dv), slopes_grad)
+    if mask_grad:
+        mask_gradient(inputs, features, dout, lse, delta, dmask)
+    if slopes_grad:
+        per_head = slopes_rows.sum(2)
+        dslopes.copy_(per_head if alibi_slopes.shape[0] > 1 else per_head.sum(0, keepdim=True))
+    if sinks_grad:
+        # The sink's probability in a row is exp(sink - lse); a row that sees nothing but a sink of -inf has none.
+        share = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks[None, :, None] - lse))
+        dsinks.copy_(-(share * delta).sum((0, 2)))
+    return dq, dk, dv, dmask, dslopes, dsinks

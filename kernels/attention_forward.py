@@ -1,0 +1,136 @@
+"""Attention forward: out = softmax(score(q, k)) v, one pass over the keys, nothing of size Nq x Nk in memory.
+
+Online softmax (Milakov & Gimelshein 2018; Rabe & Staats 2021; FlashAttention-2, Dao 2023) in base 2: with m the running row
+maximum of score · log2 e, each block of keys does
+    m' = max(m, rowmax);  p = 2^(s - m');  l = l · 2^(m - m') + rowsum(p);  acc = acc · 2^(m - m') + p v
+and at the end out = acc / l, lse = m ln 2 + ln l. A sink is one more logit in the denominator: m starts there and l at 1.
+
+One program per block of query rows of one head, in one grid dimension: programs of the same head are neighbours (its keys
+stay in L2), the last rows first (under a causal window they see the most keys).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastattn.kernels import configs
+from fastattn.kernels.attention_score import (
+    LN2,
+    LOG2E,
+    Features,
+    Inputs,
+    dot_visible,
+    keep_pairs,
+    load_rows,
+    operand,
+    score_tile,
+    store_rows,
+    visit_range,
+)
+
+
+@triton.jit
+def _attend(
+    acc, l, m, q, row_start, begin, end, batch, head, slope, inputs,
+    FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Fold keys begin .. end into (acc [BLOCK_M, block_dv], l [BLOCK_M], m [BLOCK_M]) of q [BLOCK_M, block_d]."""
+    row = row_start + tl.arange(0, BLOCK_M)
+    head_k = head // inputs.sizes.group
+    for start in tl.range(begin, end, BLOCK_N):
+        # [BLOCK_N, block_d], [BLOCK_N, block_dv]
+        k = load_rows(inputs.k, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, MASKED)
+        v = load_rows(inputs.v, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED)
+        key = start + tl.arange(0, BLOCK_N)
+        # [BLOCK_M, BLOCK_N]
+        raw = tl.dot(q, tl.trans(k), input_precision=FEATURES.precision)
+        s, _, visible = score_tile(raw, row[:, None], key[None, :], batch, head, slope, inputs, FEATURES, MASKED)
+        s = s * LOG2E
+        if MASKED:
+            s = tl.where(visible, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # A row that has seen nothing yet keeps m = -inf; subtracting 0 instead gives 2^-inf = 0.
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+        p = tl.math.exp2(s - m_finite[:, None])
+        alpha = tl.math.exp2(m - m_finite)
+        l = l * alpha + tl.sum(p, 1)
+        m = m_new
+        acc = acc * alpha[:, None]
+        if FEATURES.dropout:
+            p = tl.where(keep_pairs(row, start, batch, head, inputs, BLOCK_M, BLOCK_N), p, 0.0)
+        if MASKED:
+            acc = dot_visible(p.to(v.dtype), v, visible, acc, FEATURES.precision)
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=FEATURES.precision)
+    return acc, l, m
+
+
+@triton.jit
+def attention_forward_kernel(
+    inputs, out, lse, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """out (B, H, Nq, Dv) any strides with unit last one; lse (B, H, Nq) float32 contiguous. Grid: (row blocks · H · B,)."""
+    blocks = tl.cdiv(inputs.sizes.rows, BLOCK_M)
+    program = tl.program_id(0)
+    row_start = (blocks - 1 - program % blocks) * BLOCK_M
+    head = program // blocks % inputs.sizes.heads
+    batch = program // blocks // inputs.sizes.heads
+    row_last = tl.minimum(row_start + BLOCK_M, inputs.sizes.rows) - 1
+
+    q = load_rows(inputs.q, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True)
+    slope = 0.0
+    if FEATURES.alibi:
+        slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if FEATURES.sinks:
+        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(inputs.sinks + head) * LOG2E
+        l = l + 1.0
+    acc = tl.zeros([BLOCK_M, FEATURES.block_dv], tl.float32)
+
+    before = inputs.score.left - inputs.score.diagonal
+    after = inputs.score.right + inputs.score.diagonal
+    begin, full_begin, full_end, end = visit_range(
+        row_start, row_last, inputs.sizes.keys, before, after, BLOCK_N, FEATURES.left, FEATURES.right
+    )
+    if FEATURES.mask != "none":
+        acc, l, m = _attend(
+            acc, l, m, q, row_start, begin, end, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N
+        )
+    else:
+        if FEATURES.left:
+            acc, l, m = _attend(
+                acc, l, m, q, row_start, begin, full_begin, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N
+            )
+        acc, l, m = _attend(
+            acc, l, m, q, row_start, full_begin, full_end, batch, head, slope, inputs, FEATURES, False, BLOCK_M, BLOCK_N
+        )
+        acc, l, m = _attend(
+            acc, l, m, q, row_start, full_end, end, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N
+        )
+
+    l_positive = tl.where(l == 0.0, 1.0, l)
+    acc = acc / l_positive[:, None]
+    if FEATURES.dropout:
+        acc = acc * inputs.dropout.scale
+    store_rows(out, batch, head, row_start, inputs.sizes.rows, acc, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv)
+    row = row_start + tl.arange(0, BLOCK_M)
+    line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
+    natural = tl.where(l == 0.0, float("-inf"), m * LN2 + tl.log(l_positive))
+    tl.store(lse + line + row, natural, mask=row < inputs.sizes.rows)
+
+
+def launch_forward(inputs: Inputs, features: Features, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Fill out and lse. Every extent is at least 1, but for the keys, which may be none."""
+    batch, heads, rows, _ = out.shape
+    config = configs.attention_forward(max(features.block_d, features.block_dv), inputs.q.ptr.dtype, configs.arch_of(out))
+    attention_forward_kernel[(triton.cdiv(rows, config.block_m) * heads * batch,)](
+        inputs=inputs,
+        out=operand(out),
+        lse=lse,
+        FEATURES=features,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

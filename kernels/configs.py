@@ -1,0 +1,216 @@
+"""Tile shapes of every Triton kernel, chosen by shape, dtype and architecture, and what the kernels do not take.
+
+No Triton import here: ``fastattn.ops`` asks ``unsupported_*`` before anything is compiled. Every figure below is a budget
+(registers without spills, shared memory of the architecture) checked by ``tests/triton/test_compile.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+#: Largest head_dim (of q/k or of v) whose tiles fit in registers and shared memory.
+MAX_HEAD_DIM = 256
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a tile choice depends on: ``kind`` is "cuda" (``number`` 80, 90, ...), "hip" or "interpreter" (``number`` 0)."""
+
+    kind: str
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention kernel: ``block_m`` query rows by ``block_n`` keys a step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """``rows`` rows by ``columns`` columns a program; ``columns`` < N means the looped kernels."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """``block_m`` x ``block_n`` of the result a program, ``block_k`` of the inner dimension a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ColumnSum:
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def arch_of(tensor: torch.Tensor) -> Arch:
+    """The architecture ``tensor`` lives on; CPU tensors are the interpreter's."""
+    if tensor.device.type != "cuda":
+        return Arch("interpreter")
+    if torch.version.hip:
+        return Arch("hip")
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return Arch("cuda", 10 * major + minor)
+
+
+def interpreted() -> bool:
+    """Whether this process runs Triton kernels in the interpreter (the variable is read when Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: float32 follows ``torch.get_float32_matmul_precision()`` as cuBLAS does."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def head_block(head_dim: int) -> int:
+    """Channels of a tile: the next power of two, at least the 16 that a tensor core instruction takes."""
+    return max(16, next_power_of_2(head_dim))
+
+
+def unsupported_dtype(dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels do not take ``dtype``, or None."""
+    return None if dtype in _DTYPES else f"{dtype} is not float16, bfloat16 or float32"
+
+
+def unsupported_attention(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the Triton attention kernels do not take q (B, H, Nq, D) and v (B, Hk, Nk, Dv), or None."""
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > MAX_HEAD_DIM:
+        return f"head_dim {widest} is over {MAX_HEAD_DIM}"
+    return unsupported_dtype(q.dtype)
+
+
+def unsupported_norm(x: torch.Tensor) -> str | None:
+    """Why the Triton norm kernels do not take x (..., N), or None."""
+    return unsupported_dtype(x.dtype)
+
+
+def unsupported_ffn(x: torch.Tensor) -> str | None:
+    """Why the Triton feed-forward kernels do not take x (..., K), or None."""
+    return unsupported_dtype(x.dtype)
+
+
+#: The interpreter's time goes by the operation, not the element: middling tiles, and still several of them in a short test.
+_INTERPRETED = Attention(64, 64, 4, 1)
+
+
+def attention_forward(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
+    """Tiles of the forward kernel; ``head_dim`` is the larger padded one of q/k and v.
+
+    The accumulator (block_m x head_dim), the scores (block_m x block_n) and their copy in the input dtype share the register
+    file: 128 x 64 needs 4 warps to head_dim 64 and 8 beyond. float32 on the plain FMA path holds whole operand rows in
+    registers, hence its small tiles.
+    """
+    if arch.kind == "interpreter":
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return Attention(32, 32, 4, 1) if head_dim > 64 else Attention(64, 32, 4, 2)
+    if head_dim <= 64:
+        return Attention(128, 64, 4, 3)
+    if head_dim <= 128:
+        return Attention(128, 64, 8, 2 if arch.number < 90 else 3)
+    return Attention(64, 64 if arch.number >= 90 else 32, 8, 2)
+
+
+def attention_backward_queries(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
+    """Tiles of the dQ kernel: q, dout and dq stay for all keys, two score-sized tiles live at once."""
+    if arch.kind == "interpreter":
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return Attention(32, 32, 4, 1)
+    if head_dim <= 64:
+        return Attention(128, 64, 8, 2)
+    if head_dim <= 128:
+        return Attention(64, 64, 8, 2)
+    return Attention(64, 32, 8, 1)
+
+
+def attention_backward_keys(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
+    """Tiles of the dK/dV kernel (``block_n`` keys stay, ``block_m`` rows a step): two accumulators of block_n x head_dim."""
+    if arch.kind == "interpreter":
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return Attention(32, 32, 4, 1)
+    if head_dim <= 64:
+        return Attention(64, 128, 8, 2)
+    if head_dim <= 128:
+        return Attention(64, 64, 8, 2)
+    return Attention(32, 64, 8, 1)
+
+
+def attention_mask_gradient(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
+    """Tiles of the mask's gradient: the sum of dS (block_m x block_n) stays, operands are loaded anew each step."""
+    if arch.kind == "interpreter":
+        return _INTERPRETED
+    if dtype == torch.float32 or head_dim > 128:
+        return Attention(32, 32, 4, 1)
+    return Attention(64, 64, 4, 1)
+
+
+def norm_forward(columns: int) -> Norm:
+    """A row in registers up to 16384 columns (32 floats a thread at 16 warps), several short rows a program; else looped."""
+    return _norm(columns, single=16384, looped=4096)
+
+
+def norm_backward(columns: int) -> Norm:
+    """As forward, but dy, xhat, the weight and two gradient accumulators live at once: half the columns."""
+    return _norm(columns, single=8192, looped=4096)
+
+
+def _norm(columns: int, single: int, looped: int) -> Norm:
+    block = next_power_of_2(columns)
+    if block > single:
+        return Norm(1, looped, 8)
+    # About 2048 elements a program keep a warp's loads 16 bytes wide; the choice depends on N alone, so a row's result does
+    # not depend on how many rows there are.
+    rows = max(1, min(16, 2048 // block))
+    return Norm(rows, block, min(16, max(4, rows * block // 1024)))
+
+
+def column_sum(columns: int) -> ColumnSum:
+    return ColumnSum(32, 128, 4)
+
+
+def row_chunks(rows: int, block: int) -> int:
+    """Partial sums over rows: at most 256 (two waves of programs on 108 to 132 SMs). By the shape alone: results repeat."""
+    return max(1, min(256, -(-rows // (4 * block))))
+
+
+def ffn_forward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
+    """Two accumulators of block_m x block_n when gated, which halves block_n."""
+    if dtype == torch.float32:
+        return Matmul(64, 32 if gated else 64, 16, 4, 2)
+    return Matmul(128, 64 if gated else 128, 64 if arch.number >= 90 else 32, 8, 3)
+
+
+def ffn_backward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
+    """One accumulator; the epilogue holds pre, gate and up to three results of block_m x block_n."""
+    if dtype == torch.float32:
+        return Matmul(64, 32, 16, 4, 2)
+    return Matmul(128, 64 if gated else 128, 64 if arch.number >= 90 else 32, 8, 3)
