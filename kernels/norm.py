@@ -1,0 +1,349 @@
+"""LayerNorm and RMSNorm in Triton: the launchers of ``fastattn::triton_norm_{forward,backward}``.
+
+h = dropout(x) + residual, rounded to x's dtype;  y = (h - mean) · rstd · weight + bias,  rstd = 1 / sqrt(var + eps)
+(layer: Ba et al. 2016, var = mean((h - mean)²); rms: Zhang & Sennrich 2019, mean = 0, var = mean(h²)). Statistics in float32, two passes
+over the row so that nothing cancels. With g = dy · weight and x̂ = (h - mean) · rstd:
+    dh_total = rstd · (g - mean(g)[layer] - x̂ · mean(g x̂)) + dh;   dx = dh_total through the dropout mask
+    dweight = Σ_rows dy · x̂;   dbias = Σ_rows dy
+A row up to ``configs.norm_forward`` (backward: ``norm_backward``) columns stays in registers, several short rows a program; a longer one is
+read in passes. dweight and dbias are summed per program over a fixed set of rows, then over programs in order: the same bits every run.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels import configs
+from fastattn.kernels.column_sum import column_sum
+from fastattn.kernels.philox import dropout_argument, keep_tile
+
+
+class Rows(NamedTuple):
+    """A (M, N) tensor with unit last stride; None for an absent operand."""
+
+    ptr: Any
+    row: int
+
+
+def _rows(x: Tensor | None) -> Rows | None:
+    return None if x is None else Rows(x, x.stride(0))
+
+
+@triton.jit
+def _load(x, row, column, inside):
+    """Tile of x at rows ``row`` int64 [R] and columns [C], float32, zero outside."""
+    return tl.load(x.ptr + row[:, None] * x.row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_columns(x, column, columns):
+    """x (N,) at ``column``, float32 [1, C]."""
+    return tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store(x, row, column, inside, tile):
+    tl.store(x.ptr + row[:, None] * x.row + column[None, :], tile.to(x.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _hidden(x, residual, dropout, row, start, column, inside, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """h = dropout(x) + residual as it will be stored: rounded to x's dtype, float32 [ROWS, BLOCK]."""
+    h = _load(x, row, column, inside)
+    if dropout is not None:
+        keep = keep_tile(dropout, start, row.to(tl.int32), 0, ROWS, BLOCK)
+        h = tl.where(keep, h * dropout.scale, 0.0)
+    if residual is not None:
+        h += _load(residual, row, column, inside)
+    return h.to(x.ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _normalize(h, mean, rstd, weight, bias, column, columns):
+    y = (h - mean[:, None]) * rstd[:, None]
+    if weight is not None:
+        y = y * _load_columns(weight, column, columns)
+    if bias is not None:
+        y = y + _load_columns(bias, column, columns)
+    return y
+
+
+@triton.jit
+def norm_forward_kernel(
+    x, residual, weight, bias, y, h_out, mean_out, rstd_out, rows, columns, eps, dropout,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS whole rows (BLOCK >= columns). Grid: (row blocks,)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    h = _hidden(x, residual, dropout, row, 0, column, inside, ROWS, BLOCK)
+    if h_out is not None:
+        _store(h_out, row, column, inside, h)
+    mean = tl.zeros([ROWS], tl.float32)
+    if not RMS:
+        mean = tl.sum(h, 1) / columns
+        tl.store(mean_out + row, mean, mask=row < rows)
+    centred = tl.where(inside, h - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / columns + eps)
+    tl.store(rstd_out + row, rstd, mask=row < rows)
+    _store(y, row, column, inside, _normalize(h, mean, rstd, weight, bias, column, columns))
+
+
+@triton.jit
+def norm_forward_looped_kernel(
+    x, residual, weight, bias, y, h_out, mean_out, rstd_out, rows, columns, eps, dropout,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As above for rows longer than BLOCK: three passes, h computed anew in each (never read back from memory)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mean = tl.zeros([ROWS], tl.float32)
+    if not RMS:
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in tl.range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = (row < rows)[:, None] & (column < columns)[None, :]
+            total += _hidden(x, residual, dropout, row, start, column, inside, ROWS, BLOCK)
+        mean = tl.sum(total, 1) / columns
+        tl.store(mean_out + row, mean, mask=row < rows)
+    square = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        h = _hidden(x, residual, dropout, row, start, column, inside, ROWS, BLOCK)
+        centred = tl.where(inside, h - mean[:, None], 0.0)
+        square += centred * centred
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(square, 1) / columns + eps)
+    tl.store(rstd_out + row, rstd, mask=row < rows)
+    for start in tl.range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        h = _hidden(x, residual, dropout, row, start, column, inside, ROWS, BLOCK)
+        if h_out is not None:
+            _store(h_out, row, column, inside, h)
+        _store(y, row, column, inside, _normalize(h, mean, rstd, weight, bias, column, columns))
+
+
+@triton.jit
+def _input_gradient(dy, h, mean, rstd, weight, column, columns, row, inside):
+    """(dy, x̂, g = dy · weight), float32 tiles, zero outside."""
+    dy_tile = _load(dy, row, column, inside)
+    normal = tl.where(inside, (_load(h, row, column, inside) - mean[:, None]) * rstd[:, None], 0.0)
+    g = dy_tile
+    if weight is not None:
+        g = g * _load_columns(weight, column, columns)
+    return dy_tile, normal, g
+
+
+@triton.jit
+def _store_gradients(
+    total, dh, dh_total, dx, dropout, row, start, column, inside, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    if dh is not None:
+        total += _load(dh, row, column, inside)
+    _store(dh_total, row, column, inside, total)
+    if dx is not None:
+        keep = keep_tile(dropout, start, row.to(tl.int32), 0, ROWS, BLOCK)
+        _store(dx, row, column, inside, tl.where(keep, total * dropout.scale, 0.0))
+
+
+@triton.jit
+def norm_backward_kernel(
+    dy, dh, h, weight, mean, rstd, dh_total, dx, dweight, dbias, rows, columns, chunk, dropout,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows i * chunk .. (i + 1) * chunk in program i; dweight, dbias (programs, columns) float32 partial sums or None."""
+    column = tl.arange(0, BLOCK)
+    begin = tl.program_id(0) * chunk
+    end = tl.minimum(begin + chunk, rows)
+    dweight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(begin, end, ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < end)[:, None] & (column < columns)[None, :]
+        rstd_row = tl.load(rstd + row, mask=row < end, other=0.0)
+        mean_row = tl.zeros([ROWS], tl.float32)
+        if not RMS:
+            mean_row = tl.load(mean + row, mask=row < end, other=0.0)
+        dy_tile, normal, g = _input_gradient(dy, h, mean_row, rstd_row, weight, column, columns, row, inside)
+        total = g - normal * (tl.sum(g * normal, 1) / columns)[:, None]
+        if not RMS:
+            total -= (tl.sum(g, 1) / columns)[:, None]
+        _store_gradients(total * rstd_row[:, None], dh, dh_total, dx, dropout, row, 0, column, inside, ROWS, BLOCK)
+        if dweight is not None:
+            dweight_sum += dy_tile * normal
+        if dbias is not None:
+            dbias_sum += dy_tile
+    line = tl.program_id(0).to(tl.int64) * columns
+    if dweight is not None:
+        tl.store(dweight + line + column, tl.sum(dweight_sum, 0), mask=column < columns)
+    if dbias is not None:
+        tl.store(dbias + line + column, tl.sum(dbias_sum, 0), mask=column < columns)
+
+
+@triton.jit
+def norm_backward_looped_kernel(
+    dy, dh, h, weight, mean, rstd, dh_total, dx, rows, columns, dropout,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The row gradient for rows longer than BLOCK, in two passes; the weight's comes from ``norm_columns_kernel``."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rstd_row = tl.load(rstd + row, mask=row < rows, other=0.0)
+    mean_row = tl.zeros([ROWS], tl.float32)
+    if not RMS:
+        mean_row = tl.load(mean + row, mask=row < rows, other=0.0)
+    along = tl.zeros([ROWS, BLOCK], tl.float32)
+    constant = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        _, normal, g = _input_gradient(dy, h, mean_row, rstd_row, weight, column, columns, row, inside)
+        along += g * normal
+        constant += g
+    along_mean = tl.sum(along, 1) / columns
+    constant_mean = tl.sum(constant, 1) / columns
+    for start in tl.range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        _, normal, g = _input_gradient(dy, h, mean_row, rstd_row, weight, column, columns, row, inside)
+        total = g - normal * along_mean[:, None]
+        if not RMS:
+            total -= constant_mean[:, None]
+        _store_gradients(total * rstd_row[:, None], dh, dh_total, dx, dropout, row, start, column, inside, ROWS, BLOCK)
+
+
+@triton.jit
+def norm_columns_kernel(
+    dy, h, mean, rstd, dweight, dbias, rows, columns, chunk, RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program (i, j): rows i * chunk .. of columns j * BLOCK .. into line i of dweight, dbias (programs, columns) or None."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.program_id(0) * chunk
+    end = tl.minimum(begin + chunk, rows)
+    dweight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(begin, end, ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < end)[:, None] & (column < columns)[None, :]
+        rstd_row = tl.load(rstd + row, mask=row < end, other=0.0)
+        mean_row = tl.zeros([ROWS], tl.float32)
+        if not RMS:
+            mean_row = tl.load(mean + row, mask=row < end, other=0.0)
+        dy_tile, normal, _ = _input_gradient(dy, h, mean_row, rstd_row, None, column, columns, row, inside)
+        dweight_sum += dy_tile * normal
+        dbias_sum += dy_tile
+    line = tl.program_id(0).to(tl.int64) * columns
+    if dweight is not None:
+        tl.store(dweight + line + column, tl.sum(dweight_sum, 0), mask=column < columns)
+    if dbias is not None:
+        tl.store(dbias + line + column, tl.sum(dbias_sum, 0), mask=column < columns)
+
+
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, h, mean, rstd): y, h (M, N) in x.dtype; mean, rstd (M,) float32. h is (0,) where it is x, mean (0,) for rms."""
+    rows, columns = x.shape
+    y = x.new_empty(rows, columns)
+    dropout = dropout_argument(dropout_p, rng_state)
+    h = x.new_empty(rows, columns) if residual is not None or dropout_p > 0 else x.new_empty(0)
+    rstd = x.new_empty(rows, dtype=torch.float32)
+    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    if rows == 0 or columns == 0:
+        return y, h, mean, rstd.fill_(float("nan")) if columns == 0 else rstd
+    config = configs.norm_forward(columns)
+    kernel = norm_forward_kernel if config.columns >= columns else norm_forward_looped_kernel
+    kernel[(triton.cdiv(rows, config.rows),)](
+        x=_rows(x),
+        residual=_rows(residual),
+        weight=weight,
+        bias=bias,
+        y=_rows(y),
+        h_out=_rows(h) if h.numel() else None,
+        mean_out=mean,
+        rstd_out=rstd,
+        rows=rows,
+        columns=columns,
+        eps=eps,
+        dropout=dropout,
+        RMS=rms,
+        ROWS=config.rows,
+        BLOCK=config.columns,
+        num_warps=config.num_warps,
+    )
+    return y, h, mean, rstd
+
+
+def norm_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rms: bool,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dh_total (M, N), dx (M, N) or (0,) without dropout, dweight (N,), dbias (N,); the last two (0,) unless asked for)."""
+    rows, columns = h.shape
+    dy, dh = _unit_last_stride(dy), None if dh is None else _unit_last_stride(dh)
+    dh_total = h.new_empty(rows, columns)
+    dropout = dropout_argument(dropout_p, rng_state)
+    dx = h.new_empty(0) if dropout is None else h.new_empty(rows, columns)
+    parameter_dtype = h.dtype if weight is None else weight.dtype
+    parameters = [("dweight", weight_grad), ("dbias", bias_grad)]
+    if rows == 0 or columns == 0:
+        nothing = h.new_empty(0)
+        sums = [h.new_zeros(columns, dtype=parameter_dtype) if wanted else nothing for _, wanted in parameters]
+        return dh_total, dx, sums[0], sums[1]
+
+    config = configs.norm_backward(columns)
+    chunks = configs.row_chunks(rows, config.rows)
+    partial = {name: h.new_empty(chunks, columns, dtype=torch.float32) if wanted else None for name, wanted in parameters}
+    common = {
+        "dy": _rows(dy),
+        "h": _rows(h),
+        "mean": mean,
+        "rstd": rstd,
+        "rows": rows,
+        "columns": columns,
+        "RMS": rms,
+        "num_warps": config.num_warps,
+    }
+    row_gradient = {"dh": _rows(dh), "weight": weight, "dh_total": _rows(dh_total), "dropout": dropout}
+    row_gradient["dx"] = None if dropout is None else _rows(dx)
+    chunk = triton.cdiv(rows, chunks)
+    if config.columns >= columns:
+        norm_backward_kernel[(chunks,)](
+            **common, **row_gradient, **partial, chunk=chunk, ROWS=config.rows, BLOCK=config.columns
+        )
+    else:
+        norm_backward_looped_kernel[(triton.cdiv(rows, config.rows),)](
+            **common, **row_gradient, ROWS=config.rows, BLOCK=config.columns
+        )
+        if weight_grad or bias_grad:
+            block = configs.column_sum(columns)
+            norm_columns_kernel[(chunks, triton.cdiv(columns, block.block_n))](
+                **common, **partial, chunk=chunk, ROWS=block.block_m, BLOCK=block.block_n
+            )
+    dweight, dbias = (
+        h.new_empty(0) if partial[name] is None else column_sum(partial[name], parameter_dtype) for name, _ in parameters
+    )
+    return dh_total, dx, dweight, dbias
+
+
+def _unit_last_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
