@@ -19,6 +19,8 @@ from fastattn.kernels.attention_score import (
     Features,
     Inputs,
     dot_visible,
+    edge_count,
+    edge_start,
     keep_pairs,
     load_rows,
     mask_operand,
@@ -30,7 +32,9 @@ from fastattn.kernels.attention_score import (
 
 
 @triton.jit
-def attention_delta_kernel(out, dout, dlse, delta, sizes, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
+def attention_delta_kernel(
+    out, dout, dlse, delta, sizes, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """delta[b, h, i] = Σ_d dout · out - dlse, float32 contiguous. Grid: (row blocks · H · B,)."""
     blocks = tl.cdiv(sizes.rows, BLOCK_M)
     program = tl.program_id(0)
@@ -51,7 +55,8 @@ def attention_delta_kernel(out, dout, dlse, delta, sizes, DIM: tl.constexpr, BLO
 def _pair_gradient(
     raw, dp, lse, delta, keep, row, key, batch, head, slope, inputs, FEATURES: tl.constexpr, MASKED: tl.constexpr
 ):
-    """From raw = q·k and dp = dout·v, float32 tiles of either orientation (``lse``, ``delta``, ``row``, ``key`` broadcast to them):
+    """From raw = q·k and dp = dout·v, float32 tiles of either orientation (``lse``, ``delta``, ``row``, ``key`` broadcast to
+    them):
 
     (P z without z's scale, dS at the mask, dS' at the raw score, visible).
     """
@@ -76,16 +81,23 @@ def _pair_gradient(
 
 @triton.jit
 def _queries_step(
-    dq, dslope, q, do, lse, delta, row_start, begin, end, batch, head, slope, inputs,
+    dq, dslope, q, do, lse, delta, row_start, visit, batch, head, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, SLOPES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add keys begin .. end to dq [BLOCK_M, block_d] (unscaled) and dslope [BLOCK_M]."""
+    """Add the full blocks of keys of ``visit`` (or with MASKED the others) to dq [BLOCK_M, block_d], unscaled, and dslope."""
+    begin, full_begin, full_end, end = visit
     row = row_start + tl.arange(0, BLOCK_M)
     head_k = head // inputs.sizes.group
-    for start in tl.range(begin, end, BLOCK_N):
+    blocks = edge_count(begin, full_begin, full_end, end, BLOCK_N) if MASKED else (full_end - full_begin) // BLOCK_N
+    for index in tl.range(0, blocks):
+        start = edge_start(index, begin, full_begin, full_end, BLOCK_N) if MASKED else full_begin + index * BLOCK_N
         # [BLOCK_N, block_d], [BLOCK_N, block_dv]
-        k = load_rows(inputs.k, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, MASKED)
-        v = load_rows(inputs.v, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED)
+        k = load_rows(
+            inputs.k, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, MASKED
+        )
+        v = load_rows(
+            inputs.v, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED
+        )
         key = start + tl.arange(0, BLOCK_N)
         # [BLOCK_M, BLOCK_N]
         raw = tl.dot(q, tl.trans(k), input_precision=FEATURES.precision)
@@ -94,7 +106,19 @@ def _queries_step(
         if FEATURES.dropout:
             keep = keep_pairs(row, start, batch, head, inputs, BLOCK_M, BLOCK_N)
         _, ds, ds_raw, visible = _pair_gradient(
-            raw, dp, lse[:, None], delta[:, None], keep, row[:, None], key[None, :], batch, head, slope, inputs, FEATURES, MASKED
+            raw,
+            dp,
+            lse[:, None],
+            delta[:, None],
+            keep,
+            row[:, None],
+            key[None, :],
+            batch,
+            head,
+            slope,
+            inputs,
+            FEATURES,
+            MASKED,
         )
         if SLOPES:
             distance = tl.abs(row[:, None] + inputs.score.diagonal - key[None, :]).to(tl.float32)
@@ -121,8 +145,12 @@ def attention_backward_queries_kernel(
     row = row_start + tl.arange(0, BLOCK_M)
     line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
 
-    q = load_rows(inputs.q, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True)
-    do = load_rows(dout, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, True)
+    q = load_rows(
+        inputs.q, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True
+    )
+    do = load_rows(
+        dout, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, True
+    )
     lse_row = tl.load(lse + line + row, mask=row < inputs.sizes.rows, other=0.0)
     delta_row = tl.load(delta + line + row, mask=row < inputs.sizes.rows, other=0.0)
     slope = 0.0
@@ -133,28 +161,26 @@ def attention_backward_queries_kernel(
 
     before = inputs.score.left - inputs.score.diagonal
     after = inputs.score.right + inputs.score.diagonal
-    begin, full_begin, full_end, end = visit_range(
-        row_start, row_last, inputs.sizes.keys, before, after, BLOCK_N, FEATURES.left, FEATURES.right
+    visit = visit_range(
+        row_start,
+        row_last,
+        inputs.sizes.keys,
+        before,
+        after,
+        BLOCK_N,
+        FEATURES.left,
+        FEATURES.right,
+        FEATURES.mask != "none",
     )
-    if FEATURES.mask != "none":
+    if FEATURES.mask == "none":
         gradient, dslope = _queries_step(
-            gradient, dslope, q, do, lse_row, delta_row, row_start, begin, end, batch, head, slope, inputs,
-            FEATURES, True, SLOPES, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    else:
-        if FEATURES.left:
-            gradient, dslope = _queries_step(
-                gradient, dslope, q, do, lse_row, delta_row, row_start, begin, full_begin, batch, head, slope, inputs,
-                FEATURES, True, SLOPES, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        gradient, dslope = _queries_step(
-            gradient, dslope, q, do, lse_row, delta_row, row_start, full_begin, full_end, batch, head, slope, inputs,
+            gradient, dslope, q, do, lse_row, delta_row, row_start, visit, batch, head, slope, inputs,
             FEATURES, False, SLOPES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        gradient, dslope = _queries_step(
-            gradient, dslope, q, do, lse_row, delta_row, row_start, full_end, end, batch, head, slope, inputs,
-            FEATURES, True, SLOPES, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    gradient, dslope = _queries_step(
+        gradient, dslope, q, do, lse_row, delta_row, row_start, visit, batch, head, slope, inputs,
+        FEATURES, True, SLOPES, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
     gradient = gradient * inputs.score.scale
     store_rows(dq, batch, head, row_start, inputs.sizes.rows, gradient, BLOCK_M, FEATURES.head_dim, FEATURES.block_d)
@@ -164,17 +190,24 @@ def attention_backward_queries_kernel(
 
 @triton.jit
 def _keys_step(
-    dk, dv, k, v, dout, lse, delta, key_start, begin, end, batch, head, slope, inputs,
+    dk, dv, k, v, dout, lse, delta, key_start, visit, batch, head, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add rows begin .. end of query head ``head`` to dk [BLOCK_N, block_d] (unscaled) and dv [BLOCK_N, block_dv]."""
+    """Add full blocks of rows of query head ``head`` (or with MASKED the others) to dk [BLOCK_N, block_d], unscaled, and dv."""
+    begin, full_begin, full_end, end = visit
     key = key_start + tl.arange(0, BLOCK_N)
     line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
-    for start in tl.range(begin, end, BLOCK_M):
+    blocks = edge_count(begin, full_begin, full_end, end, BLOCK_M) if MASKED else (full_end - full_begin) // BLOCK_M
+    for index in tl.range(0, blocks):
+        start = edge_start(index, begin, full_begin, full_end, BLOCK_M) if MASKED else full_begin + index * BLOCK_M
         row = start + tl.arange(0, BLOCK_M)
         # [BLOCK_M, block_d], [BLOCK_M, block_dv]
-        q = load_rows(inputs.q, batch, head, start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, MASKED)
-        do = load_rows(dout, batch, head, start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, MASKED)
+        q = load_rows(
+            inputs.q, batch, head, start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, MASKED
+        )
+        do = load_rows(
+            dout, batch, head, start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, MASKED
+        )
         lse_row = tl.load(lse + line + row, mask=row < inputs.sizes.rows, other=0.0)
         delta_row = tl.load(delta + line + row, mask=row < inputs.sizes.rows, other=0.0)
         # [BLOCK_N, BLOCK_M]
@@ -205,40 +238,42 @@ def attention_backward_keys_kernel(
     batch = program // blocks // heads_k
     key_last = tl.minimum(key_start + BLOCK_N, inputs.sizes.keys) - 1
 
-    k = load_rows(inputs.k, batch, head_k, key_start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, True)
-    v = load_rows(inputs.v, batch, head_k, key_start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True)
+    k = load_rows(
+        inputs.k, batch, head_k, key_start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, True
+    )
+    v = load_rows(
+        inputs.v, batch, head_k, key_start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True
+    )
     dk_sum = tl.zeros([BLOCK_N, FEATURES.block_d], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, FEATURES.block_dv], tl.float32)
     # Key j is seen by rows j - diagonal - right .. j - diagonal + left.
     before = inputs.score.right + inputs.score.diagonal
     after = inputs.score.left - inputs.score.diagonal
-    begin, full_begin, full_end, end = visit_range(
-        key_start, key_last, inputs.sizes.rows, before, after, BLOCK_M, FEATURES.right, FEATURES.left
+    visit = visit_range(
+        key_start,
+        key_last,
+        inputs.sizes.rows,
+        before,
+        after,
+        BLOCK_M,
+        FEATURES.right,
+        FEATURES.left,
+        FEATURES.mask != "none",
     )
     for member in tl.range(0, inputs.sizes.group):
         head = head_k * inputs.sizes.group + member
         slope = 0.0
         if FEATURES.alibi:
             slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
-        if FEATURES.mask != "none":
+        if FEATURES.mask == "none":
             dk_sum, dv_sum = _keys_step(
-                dk_sum, dv_sum, k, v, dout, lse, delta, key_start, begin, end, batch, head, slope, inputs,
-                FEATURES, True, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        else:
-            if FEATURES.right:
-                dk_sum, dv_sum = _keys_step(
-                    dk_sum, dv_sum, k, v, dout, lse, delta, key_start, begin, full_begin, batch, head, slope, inputs,
-                    FEATURES, True, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
-            dk_sum, dv_sum = _keys_step(
-                dk_sum, dv_sum, k, v, dout, lse, delta, key_start, full_begin, full_end, batch, head, slope, inputs,
+                dk_sum, dv_sum, k, v, dout, lse, delta, key_start, visit, batch, head, slope, inputs,
                 FEATURES, False, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            dk_sum, dv_sum = _keys_step(
-                dk_sum, dv_sum, k, v, dout, lse, delta, key_start, full_end, end, batch, head, slope, inputs,
-                FEATURES, True, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+        dk_sum, dv_sum = _keys_step(
+            dk_sum, dv_sum, k, v, dout, lse, delta, key_start, visit, batch, head, slope, inputs,
+            FEATURES, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
     dk_sum = dk_sum * inputs.score.scale
     if FEATURES.dropout:
@@ -270,11 +305,19 @@ def attention_mask_gradient_kernel(
         head_k = head // inputs.sizes.group
         row = start_m + tl.arange(0, BLOCK_M)
         key = start_n + tl.arange(0, BLOCK_N)
-        q = load_rows(inputs.q, batch, head, start_m, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True)
-        k = load_rows(inputs.k, batch, head_k, start_n, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, True)
+        q = load_rows(
+            inputs.q, batch, head, start_m, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True
+        )
+        k = load_rows(
+            inputs.k, batch, head_k, start_n, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, True
+        )
         raw = tl.dot(q, tl.trans(k), input_precision=FEATURES.precision)
-        do = load_rows(dout, batch, head, start_m, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, True)
-        v = load_rows(inputs.v, batch, head_k, start_n, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True)
+        do = load_rows(
+            dout, batch, head, start_m, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, True
+        )
+        v = load_rows(
+            inputs.v, batch, head_k, start_n, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True
+        )
         dp = tl.dot(do, tl.trans(v), input_precision=FEATURES.precision)
         line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
         lse_row = tl.load(lse + line + row, mask=row < inputs.sizes.rows, other=0.0)
@@ -291,7 +334,9 @@ def attention_mask_gradient_kernel(
         )  # fmt: skip
         total += ds
 
-    base = dmask.ptr + tl.cast(tl.program_id(2), tl.int64) * dmask.batch + tl.cast(tl.program_id(1), tl.int64) * dmask.head
+    base = (
+        dmask.ptr + tl.cast(tl.program_id(2), tl.int64) * dmask.batch + tl.cast(tl.program_id(1), tl.int64) * dmask.head
+    )
     element = dmask.ptr.dtype.element_ty
     row = first_row + tl.arange(0, BLOCK_M)
     key = first_key + tl.arange(0, BLOCK_N)
@@ -337,7 +382,7 @@ def launch_backward(
         BLOCK_M=block_m,
         num_warps=4,
     )
-    config = configs.attention_backward_keys(widest, dtype, arch)
+    config = configs.attention_backward_keys(widest, dtype, features.extras, arch)
     attention_backward_keys_kernel[(triton.cdiv(dk.shape[2], config.block_n) * dk.shape[1] * batch,)](
         inputs=inputs,
         dout=operand(dout),
@@ -351,7 +396,7 @@ def launch_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    config = configs.attention_backward_queries(widest, dtype, arch)
+    config = configs.attention_backward_queries(widest, dtype, features.extras, arch)
     attention_backward_queries_kernel[(triton.cdiv(rows, config.block_m) * heads * batch,)](
         inputs=inputs,
         dout=operand(dout),

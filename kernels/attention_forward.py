@@ -20,6 +20,8 @@ from fastattn.kernels.attention_score import (
     Features,
     Inputs,
     dot_visible,
+    edge_count,
+    edge_start,
     keep_pairs,
     load_rows,
     operand,
@@ -31,16 +33,23 @@ from fastattn.kernels.attention_score import (
 
 @triton.jit
 def _attend(
-    acc, l, m, q, row_start, begin, end, batch, head, slope, inputs,
+    acc, l, m, q, row_start, visit, batch, head, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Fold keys begin .. end into (acc [BLOCK_M, block_dv], l [BLOCK_M], m [BLOCK_M]) of q [BLOCK_M, block_d]."""
+    """Fold the full blocks of keys of ``visit`` (or with MASKED the others) into acc [BLOCK_M, block_dv], l and m [BLOCK_M]."""
+    begin, full_begin, full_end, end = visit
     row = row_start + tl.arange(0, BLOCK_M)
     head_k = head // inputs.sizes.group
-    for start in tl.range(begin, end, BLOCK_N):
+    blocks = edge_count(begin, full_begin, full_end, end, BLOCK_N) if MASKED else (full_end - full_begin) // BLOCK_N
+    for index in tl.range(0, blocks):
+        start = edge_start(index, begin, full_begin, full_end, BLOCK_N) if MASKED else full_begin + index * BLOCK_N
         # [BLOCK_N, block_d], [BLOCK_N, block_dv]
-        k = load_rows(inputs.k, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, MASKED)
-        v = load_rows(inputs.v, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED)
+        k = load_rows(
+            inputs.k, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, MASKED
+        )
+        v = load_rows(
+            inputs.v, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED
+        )
         key = start + tl.arange(0, BLOCK_N)
         # [BLOCK_M, BLOCK_N]
         raw = tl.dot(q, tl.trans(k), input_precision=FEATURES.precision)
@@ -66,9 +75,7 @@ def _attend(
 
 
 @triton.jit
-def attention_forward_kernel(
-    inputs, out, lse, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def attention_forward_kernel(inputs, out, lse, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """out (B, H, Nq, Dv) any strides with unit last one; lse (B, H, Nq) float32 contiguous. Grid: (row blocks · H · B,)."""
     blocks = tl.cdiv(inputs.sizes.rows, BLOCK_M)
     program = tl.program_id(0)
@@ -77,7 +84,9 @@ def attention_forward_kernel(
     batch = program // blocks // inputs.sizes.heads
     row_last = tl.minimum(row_start + BLOCK_M, inputs.sizes.rows) - 1
 
-    q = load_rows(inputs.q, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True)
+    q = load_rows(
+        inputs.q, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True
+    )
     slope = 0.0
     if FEATURES.alibi:
         slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
@@ -90,24 +99,22 @@ def attention_forward_kernel(
 
     before = inputs.score.left - inputs.score.diagonal
     after = inputs.score.right + inputs.score.diagonal
-    begin, full_begin, full_end, end = visit_range(
-        row_start, row_last, inputs.sizes.keys, before, after, BLOCK_N, FEATURES.left, FEATURES.right
+    visit = visit_range(
+        row_start,
+        row_last,
+        inputs.sizes.keys,
+        before,
+        after,
+        BLOCK_N,
+        FEATURES.left,
+        FEATURES.right,
+        FEATURES.mask != "none",
     )
-    if FEATURES.mask != "none":
+    if FEATURES.mask == "none":
         acc, l, m = _attend(
-            acc, l, m, q, row_start, begin, end, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N
+            acc, l, m, q, row_start, visit, batch, head, slope, inputs, FEATURES, False, BLOCK_M, BLOCK_N
         )
-    else:
-        if FEATURES.left:
-            acc, l, m = _attend(
-                acc, l, m, q, row_start, begin, full_begin, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N
-            )
-        acc, l, m = _attend(
-            acc, l, m, q, row_start, full_begin, full_end, batch, head, slope, inputs, FEATURES, False, BLOCK_M, BLOCK_N
-        )
-        acc, l, m = _attend(
-            acc, l, m, q, row_start, full_end, end, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N
-        )
+    acc, l, m = _attend(acc, l, m, q, row_start, visit, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N)
 
     l_positive = tl.where(l == 0.0, 1.0, l)
     acc = acc / l_positive[:, None]
@@ -123,7 +130,8 @@ def attention_forward_kernel(
 def launch_forward(inputs: Inputs, features: Features, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Fill out and lse. Every extent is at least 1, but for the keys, which may be none."""
     batch, heads, rows, _ = out.shape
-    config = configs.attention_forward(max(features.block_d, features.block_dv), inputs.q.ptr.dtype, configs.arch_of(out))
+    widest = max(features.block_d, features.block_dv)
+    config = configs.attention_forward(widest, inputs.q.ptr.dtype, features.extras, configs.arch_of(out))
     attention_forward_kernel[(triton.cdiv(rows, config.block_m) * heads * batch,)](
         inputs=inputs,
         out=operand(out),

@@ -4,7 +4,7 @@ Score of row i and key j (``attention_forward`` has the operator's contract):
     s = softmax_scale · q_i·k_j;  s = softcap · tanh(s / softcap);  s += mask_ij;  s -= slope · |i + diagonal - j|
 visible iff  -window_left <= j - (i + diagonal) <= window_right, the mask is not False and not -inf.
 
-Blocks are visited in three runs: masked, full (every pair visible: no test at all), masked; blocks with no visible pair never.
+Blocks of which every pair is visible are visited without any test, those at the edges with all of them, the others never.
 """
 
 from dataclasses import dataclass
@@ -75,6 +75,11 @@ class Features:
     sinks: bool
     dropout: bool
     precision: str  # of tl.dot
+
+    @property
+    def extras(self) -> bool:
+        """Whether anything but scale and window touches a score: more score-sized tiles live at once."""
+        return self.mask != "none" or self.softcap or self.alibi or self.dropout
 
     @property
     def block_d(self) -> int:
@@ -159,11 +164,15 @@ def prepare(
 
 
 @triton.jit
-def load_rows(x, batch, head, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK: tl.constexpr):
+def load_rows(
+    x, batch, head, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK: tl.constexpr
+):
     """Rows start .. start + ROWS of one head of x: [ROWS, BLOCK_DIM], zero past ``limit`` (with CHECK) and past DIM."""
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_DIM)
-    base = x.ptr + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head + tl.cast(start, tl.int64) * x.row
+    base = (
+        x.ptr + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head + tl.cast(start, tl.int64) * x.row
+    )
     pointers = base + row[:, None] * x.row + dim[None, :]
     if CHECK:
         tile = tl.load(pointers, mask=(start + row < limit)[:, None] & (dim < DIM)[None, :], other=0.0)
@@ -179,7 +188,9 @@ def store_rows(x, batch, head, start, limit, tile, ROWS: tl.constexpr, DIM: tl.c
     """The converse of ``load_rows``, rounding to x's dtype."""
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_DIM)
-    base = x.ptr + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head + tl.cast(start, tl.int64) * x.row
+    base = (
+        x.ptr + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head + tl.cast(start, tl.int64) * x.row
+    )
     inside = (start + row < limit)[:, None] & (dim < DIM)[None, :]
     tl.store(base + row[:, None] * x.row + dim[None, :], tile.to(x.ptr.dtype.element_ty), mask=inside)
 
@@ -204,7 +215,11 @@ def score_tile(raw, row, key, batch, head, slope, inputs, FEATURES: tl.constexpr
         if FEATURES.right:
             visible = visible & (key - row <= inputs.score.diagonal + inputs.score.right)
         if FEATURES.mask != "none":
-            base = inputs.mask.ptr + tl.cast(batch, tl.int64) * inputs.mask.batch + tl.cast(head, tl.int64) * inputs.mask.head
+            base = (
+                inputs.mask.ptr
+                + tl.cast(batch, tl.int64) * inputs.mask.batch
+                + tl.cast(head, tl.int64) * inputs.mask.head
+            )
             pointers = base + row.to(tl.int64) * inputs.mask.row + key * inputs.mask.key
             if FEATURES.mask == "boolean":
                 visible = visible & (tl.load(pointers, mask=visible, other=0) != 0)
@@ -230,10 +245,21 @@ def dot_visible(weight, x, visible, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def visit_range(first, last, limit, before, after, BLOCK: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr):
+def visit_range(
+    first,
+    last,
+    limit,
+    before,
+    after,
+    BLOCK: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    HAS_AFTER: tl.constexpr,
+    NONE_FULL: tl.constexpr,
+):
     """Blocks that positions first .. last see, when position p sees p - before .. p + after, cut to [0, limit).
 
-    Returns (begin, full_begin, full_end, end): everything in [full_begin, full_end) is seen by all of first .. last.
+    Returns (begin, full_begin, full_end, end): everything in [full_begin, full_end) is seen by all of first .. last. The rest is
+    walked by ``edge_count`` and ``edge_start``, both ends in one loop: a third copy of its body would cost registers.
     """
     begin = 0
     full_begin = 0
@@ -248,7 +274,23 @@ def visit_range(first, last, limit, before, after, BLOCK: tl.constexpr, HAS_BEFO
     end = tl.maximum(end, begin)
     full_begin = tl.minimum(full_begin, end)
     full_end = tl.maximum(full_end, full_begin)
+    if NONE_FULL:
+        full_begin = end
+        full_end = end
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def edge_count(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
+    """Number of blocks in [begin, full_begin) and [full_end, end)."""
+    return tl.cdiv(full_begin - begin, BLOCK) + tl.cdiv(end - full_end, BLOCK)
+
+
+@triton.jit
+def edge_start(index, begin, full_begin, full_end, BLOCK: tl.constexpr):
+    """First position of the index-th of those blocks."""
+    left = tl.cdiv(full_begin - begin, BLOCK)
+    return tl.where(index < left, begin + index * BLOCK, full_end + (index - left) * BLOCK)
 
 
 @triton.jit

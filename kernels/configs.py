@@ -1,20 +1,14 @@
-"""Tile shapes of every Triton kernel, chosen by shape, dtype and architecture, and what the kernels do not take.
+"""Tile shapes of every Triton kernel, chosen by shape, dtype and architecture.
 
-No Triton import here: ``fastattn.ops`` asks ``unsupported_*`` before anything is compiled. Every figure below is a budget
-(registers without spills, shared memory of the architecture) checked by ``tests/triton/test_compile.py``.
+No GPU has timed them yet: every figure below is a budget (registers without spills, shared memory of the architecture) that
+``tests/triton/test_compile.py`` checks.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
-
-#: Largest head_dim (of q/k or of v) whose tiles fit in registers and shared memory.
-MAX_HEAD_DIM = 256
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -72,11 +66,6 @@ def arch_of(tensor: torch.Tensor) -> Arch:
     return Arch("cuda", 10 * major + minor)
 
 
-def interpreted() -> bool:
-    """Whether this process runs Triton kernels in the interpreter (the variable is read when Triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
-
-
 def matmul_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 follows ``torch.get_float32_matmul_precision()`` as cuBLAS does."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
@@ -93,75 +82,54 @@ def head_block(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def unsupported_dtype(dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels do not take ``dtype``, or None."""
-    return None if dtype in _DTYPES else f"{dtype} is not float16, bfloat16 or float32"
-
-
-def unsupported_attention(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the Triton attention kernels do not take q (B, H, Nq, D) and v (B, Hk, Nk, Dv), or None."""
-    widest = max(q.shape[-1], v.shape[-1])
-    if widest > MAX_HEAD_DIM:
-        return f"head_dim {widest} is over {MAX_HEAD_DIM}"
-    return unsupported_dtype(q.dtype)
-
-
-def unsupported_norm(x: torch.Tensor) -> str | None:
-    """Why the Triton norm kernels do not take x (..., N), or None."""
-    return unsupported_dtype(x.dtype)
-
-
-def unsupported_ffn(x: torch.Tensor) -> str | None:
-    """Why the Triton feed-forward kernels do not take x (..., K), or None."""
-    return unsupported_dtype(x.dtype)
-
-
 #: The interpreter's time goes by the operation, not the element: middling tiles, and still several of them in a short test.
 _INTERPRETED = Attention(64, 64, 4, 1)
+_INTERPRETED_MATMUL = Matmul(64, 64, 64, 4, 1)
 
 
-def attention_forward(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
-    """Tiles of the forward kernel; ``head_dim`` is the larger padded one of q/k and v.
+def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Attention:
+    """Tiles of the forward kernel. ``head_dim``: the larger padded one of q/k and v; ``extras``: ``Features.extras``.
 
-    The accumulator (block_m x head_dim), the scores (block_m x block_n) and their copy in the input dtype share the register
-    file: 128 x 64 needs 4 warps to head_dim 64 and 8 beyond. float32 on the plain FMA path holds whole operand rows in
-    registers, hence its small tiles.
+    8 warps for 128 rows: on sm_90 a warpgroup owns the 64 rows of one wgmma. sm_80 keeps operands of mma.sync in registers, which
+    halves the keys a step from head_dim 128 on, and so do extras. float32 on the plain FMA path holds operands in registers.
     """
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        return Attention(32, 32, 4, 1) if head_dim > 64 else Attention(64, 32, 4, 2)
+        return Attention(32, 32, 8, 1)
     if head_dim <= 64:
-        return Attention(128, 64, 4, 3)
+        return Attention(128, 32, 8, 3) if extras else Attention(128, 64, 8, 3)
     if head_dim <= 128:
-        return Attention(128, 64, 8, 2 if arch.number < 90 else 3)
-    return Attention(64, 64 if arch.number >= 90 else 32, 8, 2)
+        return Attention(128, 64, 8, 3) if arch.number >= 90 and not extras else Attention(128, 32, 8, 2)
+    return Attention(64, 32, 8, 2)
 
 
-def attention_backward_queries(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
+def attention_backward_queries(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Attention:
     """Tiles of the dQ kernel: q, dout and dq stay for all keys, two score-sized tiles live at once."""
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        return Attention(32, 32, 4, 1)
-    if head_dim <= 64:
-        return Attention(128, 64, 8, 2)
+        return Attention(32, 32, 8, 1)
     if head_dim <= 128:
-        return Attention(64, 64, 8, 2)
-    return Attention(64, 32, 8, 1)
+        return Attention(128, 64 if arch.number >= 90 and not extras else 32, 8, 2)
+    return Attention(128, 16, 8, 1)
 
 
-def attention_backward_keys(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
-    """Tiles of the dK/dV kernel (``block_n`` keys stay, ``block_m`` rows a step): two accumulators of block_n x head_dim."""
+def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Attention:
+    """Tiles of the dK/dV kernel (``block_n`` keys stay, ``block_m`` rows a step): two accumulators of block_n x head_dim.
+
+    At head_dim 128 they take 128 of the 255 registers of each of 256 threads, and more than 16 rows a step spills (sm_90). At 256
+    only 32 keys fit, half of a wgmma's 64 rows: mma.sync there.
+    """
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        return Attention(32, 32, 4, 1)
+        return Attention(32, 32, 8, 1)
     if head_dim <= 64:
-        return Attention(64, 128, 8, 2)
+        return Attention(16 if extras else 32, 128, 8, 2)
     if head_dim <= 128:
-        return Attention(64, 64, 8, 2)
-    return Attention(32, 64, 8, 1)
+        return Attention(16, 128, 8, 2) if arch.number >= 90 else Attention(32, 64, 8, 2)
+    return Attention(32, 32, 8, 1)
 
 
 def attention_mask_gradient(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
@@ -204,13 +172,17 @@ def row_chunks(rows: int, block: int) -> int:
 
 def ffn_forward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
     """Two accumulators of block_m x block_n when gated, which halves block_n."""
+    if arch.kind == "interpreter":
+        return _INTERPRETED_MATMUL
     if dtype == torch.float32:
         return Matmul(64, 32 if gated else 64, 16, 4, 2)
     return Matmul(128, 64 if gated else 128, 64 if arch.number >= 90 else 32, 8, 3)
 
 
 def ffn_backward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
-    """One accumulator; the epilogue holds pre, gate and up to three results of block_m x block_n."""
+    """One accumulator, but the epilogue holds pre, gate, dropout factors and two results of block_m x block_n."""
+    if arch.kind == "interpreter":
+        return _INTERPRETED_MATMUL
     if dtype == torch.float32:
         return Matmul(64, 32, 16, 4, 2)
-    return Matmul(128, 64 if gated else 128, 64 if arch.number >= 90 else 32, 8, 3)
+    return Matmul(128, 32 if gated else 64, 64 if arch.number >= 90 else 32, 8, 3)

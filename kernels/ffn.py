@@ -2,10 +2,14 @@
 
     pre = x W_inᵀ + b_in;   hidden = dropout(act(pre)), or dropout(act(gate) · pre) with gate = x W_gateᵀ + b_gate
     out = hidden W_outᵀ + b_out
-The first product is a tiled GEMM here, with bias, activation, gate and dropout applied to the float32 accumulators before they are
+The first product is a tiled GEMM here, with bias, activation, gate and dropout applied to the float32 accumulators before
+they are
 rounded, so that neither pre nor gate goes to memory unless ``save_pre`` asks. With a gate both products share each tile of x.
-The backward GEMM dhidden = dout W_out likewise turns its accumulators into dpre and dgate (and the hidden state that dW_out needs) in
-place. The other products (out; dx, dW) have nothing to fuse: they are ``torch.addmm`` / ``torch.mm``, cuBLAS on a GPU.
+The backward GEMM dhidden = dout W_out likewise turns its accumulators into dpre and dgate (and the hidden state that dW_out
+needs) in
+place. The other products (out; dx, dW) have nothing to fuse: they are ``torch.addmm`` / ``torch.mm``, cuBLAS on a GPU,
+except that
+under ``torch.use_deterministic_algorithms(True)`` those with a row per token (out, dx) run here too (see ``_linear``).
 
 Activations (index as in ``fastattn.reference.ffn.ACTIVATIONS``): relu; gelu = x Φ(x); gelu_tanh, its approximation by tanh
 (Hendrycks & Gimpel 2016); silu = x σ(x). GLU variants: Shazeer 2020.
@@ -23,6 +27,7 @@ from fastattn.kernels.column_sum import column_sum
 from fastattn.kernels.elementary import tanh
 from fastattn.kernels.philox import dropout_argument, keep_tile
 
+_IDENTITY = -1
 _RELU = tl.constexpr(0)
 _GELU = tl.constexpr(1)
 _GELU_TANH = tl.constexpr(2)
@@ -32,24 +37,24 @@ _GROUP_M = tl.constexpr(8)
 
 
 class Matrix(NamedTuple):
-    """A row-major matrix: unit last stride, ``row`` elements from line to line."""
+    """A matrix of any strides, in elements. Triton compiles a stride of 1 in, so contiguous loads stay wide."""
 
     ptr: Any
     row: int
+    column: int
 
 
 def _matrix(x: Tensor | None) -> Matrix | None:
-    return None if x is None else Matrix(x, x.stride(0))
-
-
-def _unit_last_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return None if x is None else Matrix(x, *x.stride())
 
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     """(act(x), act'(x)) of a float32 tile; what the caller does not use is never computed."""
-    if ACTIVATION == _RELU:
+    if ACTIVATION < 0:
+        value = x
+        slope = 1.0
+    elif ACTIVATION == _RELU:
         value = tl.maximum(x, 0.0)
         # NaN > 0 is false: adding x · 0 keeps it.
         slope = tl.where(x > 0, 1.0, x * 0.0)
@@ -84,16 +89,25 @@ def _tile_of(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _load(x, row, column, rows, columns):
-    """Tile of x (rows, columns) at int32 rows [R] and columns [C]; zero outside."""
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(x.ptr + row.to(tl.int64)[:, None] * x.row + column[None, :], mask=inside, other=0.0)
+def _tile(x, row_start, column_start, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(pointers, inside) of a tile of x (rows, columns): 64-bit to its corner, 32-bit within it."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    corner = x.ptr + tl.cast(row_start, tl.int64) * x.row + tl.cast(column_start, tl.int64) * x.column
+    inside = (row_start + row < rows)[:, None] & (column_start + column < columns)[None, :]
+    return corner + row[:, None] * x.row + column[None, :] * x.column, inside
 
 
 @triton.jit
-def _store(x, row, column, rows, columns, tile):
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    pointers = x.ptr + row.to(tl.int64)[:, None] * x.row + column[None, :]
+def _load(x, row_start, column_start, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of x (rows, columns), zero outside."""
+    pointers, inside = _tile(x, row_start, column_start, rows, columns, ROWS, COLUMNS)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(x, row_start, column_start, rows, columns, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    pointers, inside = _tile(x, row_start, column_start, rows, columns, ROWS, COLUMNS)
     tl.store(pointers, tile.to(x.ptr.dtype.element_ty), mask=inside)
 
 
@@ -116,25 +130,26 @@ def ffn_forward_kernel(
     pre = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, inner, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_tile = _load(x, row, k, rows, inner)
-        pre = tl.dot(x_tile, tl.trans(_load(w_in, column, k, columns, inner)), pre, input_precision=PRECISION)
+        x_tile = _load(x, row_start, start, rows, inner, BLOCK_M, BLOCK_K)
+        w_tile = _load(w_in, column_start, start, columns, inner, BLOCK_N, BLOCK_K)
+        pre = tl.dot(x_tile, tl.trans(w_tile), pre, input_precision=PRECISION)
         if w_gate is not None:
-            gate = tl.dot(x_tile, tl.trans(_load(w_gate, column, k, columns, inner)), gate, input_precision=PRECISION)
+            w_tile = _load(w_gate, column_start, start, columns, inner, BLOCK_N, BLOCK_K)
+            gate = tl.dot(x_tile, tl.trans(w_tile), gate, input_precision=PRECISION)
     pre = _add_bias(pre, b_in, column, columns)
     if pre_out is not None:
-        _store(pre_out, row, column, rows, columns, pre)
+        _store(pre_out, row_start, column_start, rows, columns, pre, BLOCK_M, BLOCK_N)
     if w_gate is not None:
         gate = _add_bias(gate, b_gate, column, columns)
         if gate_out is not None:
-            _store(gate_out, row, column, rows, columns, gate)
+            _store(gate_out, row_start, column_start, rows, columns, gate, BLOCK_M, BLOCK_N)
         value, _ = _activate(gate, ACTIVATION)
         value = value * pre
     else:
         value, _ = _activate(pre, ACTIVATION)
     if dropout is not None:
         value = tl.where(keep_tile(dropout, column_start, row, 0, BLOCK_M, BLOCK_N), value * dropout.scale, 0.0)
-    _store(hidden, row, column, rows, columns, value)
+    _store(hidden, row_start, column_start, rows, columns, value, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -152,32 +167,82 @@ def ffn_backward_kernel(
     column = column_start + tl.arange(0, BLOCK_N)
     dhidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, inner, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        dout_tile = _load(dout, row, k, rows, inner)
-        dhidden = tl.dot(dout_tile, _load(w_out, k, column, inner, columns), dhidden, input_precision=PRECISION)
+        dout_tile = _load(dout, row_start, start, rows, inner, BLOCK_M, BLOCK_K)
+        w_tile = _load(w_out, start, column_start, inner, columns, BLOCK_K, BLOCK_N)
+        dhidden = tl.dot(dout_tile, w_tile, dhidden, input_precision=PRECISION)
     factor = 1.0
     if dropout is not None:
         factor = tl.where(keep_tile(dropout, column_start, row, 0, BLOCK_M, BLOCK_N), dropout.scale, 0.0)
     dhidden = dhidden * factor
-    pre_tile = _load(pre, row, column, rows, columns).to(tl.float32)
+    pre_tile = _load(pre, row_start, column_start, rows, columns, BLOCK_M, BLOCK_N).to(tl.float32)
     line = (row_start // BLOCK_M).to(tl.int64) * columns
     if gate is not None:
-        value, slope = _activate(_load(gate, row, column, rows, columns).to(tl.float32), ACTIVATION)
+        value, slope = _activate(
+            _load(gate, row_start, column_start, rows, columns, BLOCK_M, BLOCK_N).to(tl.float32), ACTIVATION
+        )
         if hidden is not None:
-            _store(hidden, row, column, rows, columns, value * pre_tile * factor)
+            _store(hidden, row_start, column_start, rows, columns, value * pre_tile * factor, BLOCK_M, BLOCK_N)
         gradient = dhidden * pre_tile * slope
-        _store(dgate, row, column, rows, columns, gradient)
+        _store(dgate, row_start, column_start, rows, columns, gradient, BLOCK_M, BLOCK_N)
         if db_gate is not None:
             tl.store(db_gate + line + column, tl.sum(gradient, 0), mask=column < columns)
         gradient = dhidden * value
     else:
         value, slope = _activate(pre_tile, ACTIVATION)
         if hidden is not None:
-            _store(hidden, row, column, rows, columns, value * factor)
+            _store(hidden, row_start, column_start, rows, columns, value * factor, BLOCK_M, BLOCK_N)
         gradient = dhidden * slope
-    _store(dpre, row, column, rows, columns, gradient)
+    _store(dpre, row_start, column_start, rows, columns, gradient, BLOCK_M, BLOCK_N)
     if db_in is not None:
         tl.store(db_in + line + column, tl.sum(gradient, 0), mask=column < columns)
+
+
+def _project(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor | None],
+    biases: tuple[Tensor | None, Tensor | None],
+    result: Tensor,
+    saved: tuple[Tensor | None, Tensor | None],
+    activation: int,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> None:
+    """result = dropout(act(x Wᵀ + b)), or act(gate) · (x Wᵀ + b) with two weights; ``saved`` takes pre and gate where given."""
+    rows, inner = x.shape
+    columns = result.shape[1]
+    config = configs.ffn_forward(weights[1] is not None, x.dtype, configs.arch_of(x))
+    ffn_forward_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
+        x=_matrix(x),
+        w_in=_matrix(weights[0]),
+        b_in=biases[0],
+        w_gate=_matrix(weights[1]),
+        b_gate=biases[1],
+        hidden=_matrix(result),
+        pre_out=_matrix(saved[0]),
+        gate_out=_matrix(saved[1]),
+        rows=rows,
+        columns=columns,
+        inner=inner,
+        dropout=dropout_argument(dropout_p, rng_state),
+        ACTIVATION=activation,
+        PRECISION=configs.matmul_precision(x.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weightᵀ + bias. cuBLAS, but it picks its algorithm by the number of rows: under
+    ``torch.use_deterministic_algorithms(True)`` the tiled kernel, in which a row's result does not depend on the others."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    result = x.new_empty(x.shape[0], weight.shape[0])
+    if result.numel():
+        _project(x, (weight, None), (bias, None), result, (None, None), _IDENTITY, 0.0, None)
+    return result
 
 
 def ffn_forward(
@@ -194,39 +259,14 @@ def ffn_forward(
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out (M, O), pre (M, F), gate (M, F)) in x.dtype; the last two (0,) unless ``save_pre``, gate also without w_gate."""
-    rows, inner = x.shape
-    columns = w_in.shape[0]
-    x, w_in = _unit_last_stride(x), _unit_last_stride(w_in)
-    w_gate = None if w_gate is None else _unit_last_stride(w_gate)
-    hidden = x.new_empty(rows, columns)
-    nothing = x.new_empty(0)
-    pre = torch.empty_like(hidden) if save_pre else nothing
-    gate = torch.empty_like(hidden) if save_pre and w_gate is not None else nothing
+    hidden = x.new_empty(x.shape[0], w_in.shape[0])
+    pre = torch.empty_like(hidden) if save_pre else None
+    gate = torch.empty_like(hidden) if save_pre and w_gate is not None else None
     if hidden.numel():
-        config = configs.ffn_forward(w_gate is not None, x.dtype, configs.arch_of(x))
-        ffn_forward_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
-            x=_matrix(x),
-            w_in=_matrix(w_in),
-            b_in=b_in,
-            w_gate=_matrix(w_gate),
-            b_gate=b_gate,
-            hidden=_matrix(hidden),
-            pre_out=_matrix(pre) if pre.numel() else None,
-            gate_out=_matrix(gate) if gate.numel() else None,
-            rows=rows,
-            columns=columns,
-            inner=inner,
-            dropout=dropout_argument(dropout_p, rng_state),
-            ACTIVATION=activation,
-            PRECISION=configs.matmul_precision(x.dtype),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    out = torch.mm(hidden, w_out.t()) if b_out is None else torch.addmm(b_out, hidden, w_out.t())
-    return out, pre, gate
+        _project(x, (w_in, w_gate), (b_in, b_gate), hidden, (pre, gate), activation, dropout_p, rng_state)
+    nothing = x.new_empty(0)
+    out = _linear(hidden, w_out, b_out)
+    return out, nothing if pre is None else pre, nothing if gate is None else gate
 
 
 def ffn_backward(
@@ -245,7 +285,6 @@ def ffn_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dw_in, db_in, dw_gate, db_gate, dw_out, db_out), each (0,) unless asked for; biases are summed in float32."""
-    dout, w_out = _unit_last_stride(dout), _unit_last_stride(w_out)
     gated = w_gate is not None
     dpre = torch.empty_like(pre)
     dgate = torch.empty_like(gate) if gated else None
@@ -253,7 +292,9 @@ def ffn_backward(
     nothing = x.new_empty(0)
     db_in = db_gate = db_out = nothing
     if pre.numel():
-        parts = _launch_backward(dout, w_out, pre, gate, hidden, dpre, dgate, activation, dropout_p, rng_state, bias_grad)
+        parts = _launch_backward(
+            dout, w_out, pre, gate, hidden, dpre, dgate, activation, dropout_p, rng_state, bias_grad
+        )
         if bias_grad:
             db_in, db_gate = (nothing if part is None else column_sum(part, x.dtype) for part in parts)
     elif bias_grad:
@@ -263,9 +304,9 @@ def ffn_backward(
         db_out = column_sum(dout, x.dtype)
     dx = dw_in = dw_gate = dw_out = nothing
     if x_grad:
-        dx = torch.mm(dpre, w_in)
+        dx = _linear(dpre, w_in.t(), None)
         if dgate is not None and w_gate is not None:
-            dx.addmm_(dgate, w_gate)
+            dx += _linear(dgate, w_gate.t(), None)
     if weight_grad and hidden is not None:
         dw_in = torch.mm(dpre.t(), x)
         dw_gate = torch.mm(dgate.t(), x) if dgate is not None else nothing

@@ -1,12 +1,13 @@
 """LayerNorm and RMSNorm in Triton: the launchers of ``fastattn::triton_norm_{forward,backward}``.
 
 h = dropout(x) + residual, rounded to x's dtype;  y = (h - mean) · rstd · weight + bias,  rstd = 1 / sqrt(var + eps)
-(layer: Ba et al. 2016, var = mean((h - mean)²); rms: Zhang & Sennrich 2019, mean = 0, var = mean(h²)). Statistics in float32, two passes
-over the row so that nothing cancels. With g = dy · weight and x̂ = (h - mean) · rstd:
+(layer: Ba et al. 2016, var = mean((h - mean)²); rms: Zhang & Sennrich 2019, mean = 0, var = mean(h²)). Statistics in float32,
+two passes over the row so that nothing cancels. With g = dy · weight and x̂ = (h - mean) · rstd:
     dh_total = rstd · (g - mean(g)[layer] - x̂ · mean(g x̂)) + dh;   dx = dh_total through the dropout mask
     dweight = Σ_rows dy · x̂;   dbias = Σ_rows dy
-A row up to ``configs.norm_forward`` (backward: ``norm_backward``) columns stays in registers, several short rows a program; a longer one is
-read in passes. dweight and dbias are summed per program over a fixed set of rows, then over programs in order: the same bits every run.
+A row up to ``configs.norm_forward`` (backward: ``norm_backward``) columns stays in registers, several short rows a program; a
+longer one is read in passes. dweight and dbias are summed per program over a fixed set of rows, then over programs in order: the
+same bits every run.
 """
 
 from typing import Any, NamedTuple
@@ -312,7 +313,9 @@ def norm_backward(
 
     config = configs.norm_backward(columns)
     chunks = configs.row_chunks(rows, config.rows)
-    partial = {name: h.new_empty(chunks, columns, dtype=torch.float32) if wanted else None for name, wanted in parameters}
+    partial = {
+        name: h.new_empty(chunks, columns, dtype=torch.float32) if wanted else None for name, wanted in parameters
+    }
     common = {
         "dy": _rows(dy),
         "h": _rows(h),
@@ -340,7 +343,8 @@ def norm_backward(
                 **common, **partial, chunk=chunk, ROWS=block.block_m, BLOCK=block.block_n
             )
     dweight, dbias = (
-        h.new_empty(0) if partial[name] is None else column_sum(partial[name], parameter_dtype) for name, _ in parameters
+        h.new_empty(0) if partial[name] is None else column_sum(partial[name], parameter_dtype)
+        for name, _ in parameters
     )
     return dh_total, dx, dweight, dbias
 

@@ -1,7 +1,9 @@
 """Compile what a launcher launches, for a GPU that is not there.
 
-``compiled(target, call)`` runs ``call()`` (a launcher on CPU tensors) with a stand-in for the driver: every launch goes through Triton's
-own argument specialization and the shipped configuration for ``target``, is compiled to a binary and not run. The result is read with
+``compiled(target, call)`` runs ``call()`` (a launcher on CPU tensors) with a stand-in for the driver: every launch goes
+through Triton's
+own argument specialization and the shipped configuration for ``target``, is compiled to a binary and not run. The result is
+read with
 the tools of the Triton wheel. Needs TRITON_INTERPRET unset and its own process (the interpreter cannot be switched off in one).
 """
 
@@ -58,7 +60,8 @@ def target_of(arch: int | str) -> GPUTarget:
 
 
 def compiled(arch: int | str, call: Callable[[], object]) -> list[Binary]:
-    """The binaries of every kernel that ``call`` launches, in order, for CUDA compute capability ``arch`` (80, 90, ...) or gfx name."""
+    """The binaries of every kernel that ``call`` launches, in order, for CUDA compute capability ``arch`` (80, 90, ...) or
+    gfx name."""
     target = target_of(arch)
     kernels = []
     run = JITFunction.run
@@ -82,7 +85,9 @@ def _nvidia(kernel) -> Binary:  # type: ignore[no-untyped-def]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
         sass = subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups()  # type: ignore[union-attr]
     names = ("HMMA", "HGMMA", "UTCHMMA", "LDL", "STL")

@@ -1,0 +1,47 @@
+"""Settings of the tests inside Triton's interpreter, started by ``tests/triton/test_interpreter.py`` in processes of their own.
+
+The operations' own tests (``tests/ops``) are collected here a second time with ``triton`` as the implementation.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+_TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(_TESTS), str(_TESTS / "ops"), str(_TESTS / "triton")]
+pytest.register_assert_rewrite("test_attention", "test_ffn", "test_norm", "tolerance")
+
+#: Without it this folder is collected by an ordinary run, where Triton has no GPU to run on: then it holds no test.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
+if INTERPRETING:
+    import interpreter_bf16
+
+    interpreter_bf16.install()
+
+#: tests/ops tests that say nothing here. A product of numpy's BLAS depends on a row's place in its tile, unlike a tensor core's.
+_LEFT_OUT = ("test_results_do_not_depend_on_threads_or_batch",)
+
+
+@pytest.fixture
+def implementation() -> str:
+    """The one implementation of this process, in place of the CPU's that ``tests/conftest.py`` lists."""
+    return "triton"
+
+
+@pytest.fixture
+def compiled() -> str:
+    return "triton"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep what asks for an implementation, in a dtype that Triton takes."""
+
+    def kept(item: pytest.Item) -> bool:
+        asks = {"implementation", "compiled"} & set(getattr(item, "fixturenames", ()))
+        return bool(asks) and "float64" not in item.name and not item.name.startswith(_LEFT_OUT)
+
+    config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
+    items[:] = [item for item in items if kept(item)]

@@ -1,0 +1,3 @@
+"""tests/ops/test_attention.py again, by Triton in the interpreter."""
+
+from test_attention import *  # noqa: F403

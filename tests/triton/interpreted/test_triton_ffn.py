@@ -1,0 +1,3 @@
+"""tests/ops/test_ffn.py again, by Triton in the interpreter."""
+
+from test_ffn import *  # noqa: F403

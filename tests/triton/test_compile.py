@@ -1,0 +1,63 @@
+"""Every Triton kernel's shipped configuration, compiled ahead of time for GPUs that are not here.
+
+Nothing may spill, shared memory must fit the architecture, and matrix products must run on tensor cores: HMMA on sm_80,
+HGMMA (wgmma)
+on sm_90, UTCHMMA (tcgen05) on sm_100, MFMA on gfx942. The compiler cannot share a process with the interpreter, nor may it find
+binaries of an earlier run: ``compiled_report.py`` runs in a process of its own with an empty cache and prints one line a kernel.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", "gfx942": "MFMA"}
+_PRODUCTS = ("attention_forward", "attention_backward_keys", "attention_backward_queries", "attention_mask", "ffn_")
+
+# (architecture, cases of compiled_report.py). sm_90 is the target that tiles are chosen for: everything; the others the main
+# shapes.
+_RUNS = [
+    (80, ("attention-64", "attention-128", "ffn")),
+    (
+        90,
+        (
+            "attention-64",
+            "attention-128",
+            "attention-256",
+            "attention-64-everything",
+            "attention-128-everything",
+            "attention-float32",
+            "norm",
+            "ffn",
+        ),
+    ),
+    (100, ("attention-128",)),
+]
+
+
+@pytest.mark.parametrize("arch, cases", _RUNS, ids=[str(arch) for arch, _ in _RUNS])
+def test_compiled_kernels_fit(arch: int | str, cases: tuple[str, ...], tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(_ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("compiled_report.py")), str(arch), *cases]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) >= len(cases)
+    wrong = []
+    for kernel in kernels:
+        label = f"{kernel['case']} {kernel['name']}"
+        if kernel["stack"]:
+            wrong.append(f"{label} spills {kernel['stack']} bytes a thread")
+        if kernel["shared"] > kernel["shared_limit"]:
+            wrong.append(f"{label} takes {kernel['shared']} bytes of shared memory, sm has {kernel['shared_limit']}")
+        on_tensor_cores = kernel["name"].startswith(_PRODUCTS) and "float32" not in kernel["case"]
+        if on_tensor_cores and not kernel["instructions"].get(_TENSOR_CORES[arch]):
+            wrong.append(f"{label} has no {_TENSOR_CORES[arch]}: {kernel['instructions']}")
+    assert not wrong, "\n".join(wrong)
