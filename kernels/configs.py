@@ -99,8 +99,10 @@ def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arc
         return Attention(32, 32, 8, 1)
     if head_dim <= 64:
         return Attention(128, 32, 8, 3) if extras else Attention(128, 64, 8, 3)
+    if head_dim <= 128 and extras:
+        return Attention(64, 32, 8, 2)
     if head_dim <= 128:
-        return Attention(128, 64, 8, 3) if arch.number >= 90 and not extras else Attention(128, 32, 8, 2)
+        return Attention(128, 64, 8, 3) if arch.number >= 90 else Attention(128, 32, 8, 2)
     return Attention(64, 32, 8, 2)
 
 
@@ -111,7 +113,8 @@ def attention_backward_queries(head_dim: int, dtype: torch.dtype, extras: bool, 
     if dtype == torch.float32:
         return Attention(32, 32, 8, 1)
     if head_dim <= 128:
-        return Attention(128, 64 if arch.number >= 90 and not extras else 32, 8, 2)
+        rows = 64 if extras and head_dim > 64 else 128
+        return Attention(rows, 64 if arch.number >= 90 and not extras else 32, 8, 2)
     return Attention(128, 16, 8, 1)
 
 
@@ -127,6 +130,8 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
         return Attention(32, 32, 8, 1)
     if head_dim <= 64:
         return Attention(16 if extras else 32, 128, 8, 2)
+    if head_dim <= 128 and extras:
+        return Attention(16, 64, 8, 2)
     if head_dim <= 128:
         return Attention(16, 128, 8, 2) if arch.number >= 90 else Attention(32, 64, 8, 2)
     return Attention(32, 32, 8, 1)

@@ -56,8 +56,13 @@ def test_compiled_kernels_fit(arch: int | str, cases: tuple[str, ...], tmp_path:
         if kernel["stack"]:
             wrong.append(f"{label} spills {kernel['stack']} bytes a thread")
         if kernel["shared"] > kernel["shared_limit"]:
-            wrong.append(f"{label} takes {kernel['shared']} bytes of shared memory, sm has {kernel['shared_limit']}")
-        on_tensor_cores = kernel["name"].startswith(_PRODUCTS) and "float32" not in kernel["case"]
-        if on_tensor_cores and not kernel["instructions"].get(_TENSOR_CORES[arch]):
-            wrong.append(f"{label} has no {_TENSOR_CORES[arch]}: {kernel['instructions']}")
+            wrong.append(
+                f"{label} takes {kernel['shared']} bytes of shared memory, the limit is {kernel['shared_limit']}"
+            )
+        wanted = _TENSOR_CORES[arch]
+        if kernel["name"].startswith(_PRODUCTS) and "float32" not in kernel["case"]:
+            # The dK/dV tile of head_dim 256 has 32 keys, under the 64 rows of a wgmma (see configs.attention_backward_keys).
+            wanted = "HMMA" if arch == 90 and label == "attention-256 attention_backward_keys_kernel" else wanted
+            if not kernel["instructions"].get(wanted):
+                wrong.append(f"{label} has no {wanted}: {kernel['instructions']}")
     assert not wrong, "\n".join(wrong)

@@ -1,6 +1,7 @@
 """Settings of the tests inside Triton's interpreter, started by ``tests/triton/test_interpreter.py`` in processes of their own.
 
-The operations' own tests (``tests/ops``) are collected here a second time with ``triton`` as the implementation.
+The operations' own tests (``tests/ops``) are collected here a second time with ``triton`` as the implementation. In an ordinary
+run, without TRITON_INTERPRET=1, this folder holds no test and changes nothing.
 """
 
 import os
@@ -9,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-_TESTS = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(_TESTS), str(_TESTS / "ops"), str(_TESTS / "triton")]
-pytest.register_assert_rewrite("test_attention", "test_ffn", "test_norm", "tolerance")
-
-#: Without it this folder is collected by an ordinary run, where Triton has no GPU to run on: then it holds no test.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 if INTERPRETING:
+    tests = Path(__file__).resolve().parents[2]
+    sys.path[:0] = [str(tests), str(tests / "ops"), str(tests / "triton")]
+    pytest.register_assert_rewrite("test_attention", "test_ffn", "test_norm", "tolerance")
     import interpreter_bf16
 
     interpreter_bf16.install()
@@ -38,6 +37,8 @@ def compiled() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep what asks for an implementation, in a dtype that Triton takes."""
+    if not INTERPRETING:
+        return
 
     def kept(item: pytest.Item) -> bool:
         asks = {"implementation", "compiled"} & set(getattr(item, "fixturenames", ()))
