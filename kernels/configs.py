@@ -112,9 +112,10 @@ def attention_backward_queries(head_dim: int, dtype: torch.dtype, extras: bool, 
         return _INTERPRETED
     if dtype == torch.float32:
         return Attention(32, 32, 8, 1)
+    if head_dim > 64 and extras:
+        return Attention(128, 16, 8, 2 if head_dim <= 128 else 1)
     if head_dim <= 128:
-        rows = 64 if extras and head_dim > 64 else 128
-        return Attention(rows, 64 if arch.number >= 90 and not extras else 32, 8, 2)
+        return Attention(128, 64 if arch.number >= 90 and not extras else 32, 8, 2)
     return Attention(128, 16, 8, 1)
 
 
