@@ -241,7 +241,8 @@ def dot_visible(weight, x, visible, acc, PRECISION: tl.constexpr):
     broken = tl.max((wide - wide != 0.0).to(tl.int32), 1)  # [C]
     acc = tl.dot(weight, tl.where(broken[:, None] > 0, 0.0, wide).to(x.dtype), acc, input_precision=PRECISION)
     poisoned = tl.max(visible.to(tl.int32) * broken[None, :], 1)  # [R]
-    return tl.where(poisoned[:, None] > 0, float("nan"), acc)
+    # Added, not selected: a select on an accumulator aborts Triton 3.9's compiler for sm_100.
+    return acc + tl.where(poisoned > 0, float("nan"), 0.0)[:, None]
 
 
 @triton.jit

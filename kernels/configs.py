@@ -102,7 +102,7 @@ def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arc
     if head_dim <= 128 and extras:
         return Attention(64, 32, 8, 2)
     if head_dim <= 128:
-        return Attention(128, 64, 8, 3) if arch.number >= 90 else Attention(128, 32, 8, 2)
+        return Attention(128, 64, 8, 3) if arch.number == 90 else Attention(128, 32, 8, 2)
     return Attention(64, 32, 8, 2)
 
 
@@ -134,7 +134,7 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
     if head_dim <= 128 and extras:
         return Attention(16, 64, 8, 2)
     if head_dim <= 128:
-        return Attention(16, 128, 8, 2) if arch.number >= 90 else Attention(32, 64, 8, 2)
+        return Attention(16, 128, 8, 2) if arch.number == 90 else Attention(32, 64, 8, 2)
     return Attention(32, 32, 8, 1)
 
 
