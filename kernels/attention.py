@@ -1,13 +1,11 @@
 """Softmax attention in Triton: the launchers of ``fastattn::triton_attention_{forward,backward}``.
 
-Contract (shapes, strides, visibility): ``SCHEMAS`` in ``fastattn/ops/_library.py``. The score is defined in
-``attention_score.py``, the
-forward pass in ``attention_forward.py``, the gradients in ``attention_backward.py``.
+Contract (shapes, strides, visibility): ``SCHEMAS`` in ``fastattn/ops/_library.py``. The score is defined in ``attention_score.py``,
+the forward pass in ``attention_forward.py``, the gradients in ``attention_backward.py``.
 
 q, k, v and attn_mask are read where they lie (a tensor whose channels are not contiguous is copied first). fp16 and bf16 use
-tensor
-cores with float32 accumulators; float32 follows ``torch.get_float32_matmul_precision()``: "highest" is exact float32 products,
-"high" and "medium" are TF32.
+tensor cores with float32 accumulators; float32 follows ``torch.get_float32_matmul_precision()``: "highest" is exact float32
+products, "high" and "medium" are TF32.
 """
 
 import torch

@@ -1,9 +1,8 @@
 """Every Triton kernel's shipped configuration, compiled ahead of time for GPUs that are not here.
 
 Nothing may spill, shared memory must fit the architecture, and matrix products must run on tensor cores: HMMA on sm_80,
-HGMMA (wgmma)
-on sm_90. The compiler cannot share a process with the interpreter, nor may it find
-binaries of an earlier run: ``compiled_report.py`` runs in a process of its own with an empty cache and prints one line a kernel.
+HGMMA (wgmma) on sm_90. The compiler cannot share a process with the interpreter, nor may it find binaries of an earlier run:
+``compiled_report.py`` runs in a process of its own with an empty cache and prints one line a kernel.
 """
 
 import json
