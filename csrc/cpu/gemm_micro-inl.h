@@ -147,6 +147,10 @@ struct GemmOps {
   static Vec<A> multiply_add(Operand a, Operand b, Vec<A> c) { return fma(a, b, c); }
 };
 
+// Elements of each row fetched ahead while rows are turned into columns: one cache line a row per square is too sparse
+// for the hardware's prefetcher (weights from L3: 0.64 to 0.3 ms for 3072 x 768 bfloat16).
+constexpr int kPackAhead = 64;
+
 // One panel of pack_transposed: columns n of B are rows of bt. Blocks of kLanes x kLanes turn over in registers.
 template <class S>
 inline void pack_panel_transposed(const S* bt, int64_t ldb, int64_t K, int64_t columns, float* panel) {
@@ -158,6 +162,7 @@ inline void pack_panel_transposed(const S* bt, int64_t ldb, int64_t K, int64_t c
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         block[i] = n + i < columns ? VecF::load_n(bt + (n + i) * ldb + k, depth) : VecF::zero();
+        if (n + i < columns) __builtin_prefetch(bt + (n + i) * ldb + k + kPackAhead);
       }
       transpose(block);
 #pragma GCC unroll 16
@@ -256,6 +261,7 @@ inline void pack_panel_pairs_transposed(const BFloat16* bt, int64_t ldb, int64_t
       for (int i = 0; i < 16; ++i) {
         const __mmask32 present = n + i < columns ? mask : 0;
         block[i] = VecF(_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, bt + (n + i) * ldb + k)));
+        if (present != 0) __builtin_prefetch(bt + (n + i) * ldb + k + kPackAhead);
       }
       transpose(block);
 #pragma GCC unroll 16
