@@ -3,13 +3,10 @@
     pre = x W_inᵀ + b_in;   hidden = dropout(act(pre)), or dropout(act(gate) · pre) with gate = x W_gateᵀ + b_gate
     out = hidden W_outᵀ + b_out
 The first product is a tiled GEMM here, with bias, activation, gate and dropout applied to the float32 accumulators before
-they are
-rounded, so that neither pre nor gate goes to memory unless ``save_pre`` asks. With a gate both products share each tile of x.
-The backward GEMM dhidden = dout W_out likewise turns its accumulators into dpre and dgate (and the hidden state that dW_out
-needs) in
-place. The other products (out; dx, dW) have nothing to fuse: they are ``torch.addmm`` / ``torch.mm``, cuBLAS on a GPU,
-except that
-under ``torch.use_deterministic_algorithms(True)`` those with a row per token (out, dx) run here too (see ``_linear``).
+they are rounded, so that neither pre nor gate goes to memory unless ``save_pre`` asks. With a gate both products share each tile
+of x. The backward GEMM dhidden = dout W_out likewise turns its accumulators into dpre and dgate (and the hidden state that dW_out
+needs) in place. The other products (out; dx, dW) have nothing to fuse: they are ``torch.addmm`` / ``torch.mm``, cuBLAS on a GPU,
+except that under ``torch.use_deterministic_algorithms(True)`` those with a row per token (out, dx) run here too (``_linear``).
 
 Activations (index as in ``fastattn.reference.ffn.ACTIVATIONS``): relu; gelu = x Φ(x); gelu_tanh, its approximation by tanh
 (Hendrycks & Gimpel 2016); silu = x σ(x). GLU variants: Shazeer 2020.

@@ -3,8 +3,7 @@
     python tests/triton/compiled_report.py 90 attention-64 attention-128 norm ffn
 
 Each case calls the launchers themselves on small CPU tensors (``compiling.py`` stands in for the driver): what is compiled
-is exactly
-what they would launch.
+is exactly what they would launch.
 """
 
 import dataclasses

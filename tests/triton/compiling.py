@@ -1,10 +1,9 @@
 """Compile what a launcher launches, for a GPU that is not there.
 
-``compiled(target, call)`` runs ``call()`` (a launcher on CPU tensors) with a stand-in for the driver: every launch goes
-through Triton's
-own argument specialization and the shipped configuration for ``target``, is compiled to a binary and not run. The result is
-read with
-the tools of the Triton wheel. Needs TRITON_INTERPRET unset and its own process (the interpreter cannot be switched off in one).
+``compiled(arch, call)`` runs ``call()`` (a launcher on CPU tensors) with a stand-in for the driver: every launch goes
+through Triton's own argument specialization and the shipped configuration for ``arch``, is compiled to a binary and not run. The
+result is read with the tools of the Triton wheel. Needs TRITON_INTERPRET unset and its own process (the interpreter cannot be
+switched off in one).
 """
 
 import re

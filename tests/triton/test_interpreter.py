@@ -1,8 +1,8 @@
 """Triton's kernels, numbers and gradients, in Triton's interpreter.
 
 TRITON_INTERPRET is read when Triton is imported and cannot be switched in a process: each module of ``interpreted/`` runs in
-a pytest of
-its own, all started together, one thread each. A test here is one of those modules; its failures and counts are reported whole.
+a pytest of its own, all started together, one thread each. A test here is one of those modules; its failures and counts are
+reported whole.
 """
 
 import os
