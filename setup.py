@@ -8,7 +8,8 @@ Three shared objects, each optional, all through one generated ninja file:
 
 A missing compiler (or torch at build time) makes a pure-Python install and one line that says so.
 
-Environment: FASTATTN_BUILD_CPP=0 builds nothing; FASTATTN_BUILD_CUDA=0/1 forces CUDA off, or on (then a failure is an error);
+Environment: FASTATTN_BUILD_CPP=0 builds nothing;
+FASTATTN_BUILD_CUDA=0/1/only forces CUDA off, or on (then a failure is an error), or builds nothing else;
 FASTATTN_CUDA_ARCHS (default "80;90;100"); MAX_JOBS; CXX; NVCC.
 """
 
@@ -57,17 +58,18 @@ class NinjaBuild(build_ext):
             import torch
         except ImportError:
             return self.skip("torch is not importable in the build environment")
-        try:
-            self.build_cpu(cxx, Path(torch.__file__).parent)
-        except (subprocess.CalledProcessError, OSError, ImportError) as error:
-            return self.skip(f"the C++ core did not compile ({error})")
         wanted = os.environ.get("FASTATTN_BUILD_CUDA", "auto")
-        if wanted == "0" or (find_nvcc() is None and wanted != "1"):
+        if wanted != "only":
+            try:
+                self.build_cpu(cxx, Path(torch.__file__).parent)
+            except (subprocess.CalledProcessError, OSError, ImportError) as error:
+                return self.skip(f"the C++ core did not compile ({error})")
+        if wanted == "0" or (find_nvcc() is None and wanted == "auto"):
             return None
         try:
             self.build_cuda(cxx, Path(torch.__file__).parent)
         except (subprocess.CalledProcessError, OSError) as error:
-            if wanted == "1":
+            if wanted != "auto":
                 raise
             print(f"fastattn: no CUDA extension: it did not compile ({error})", file=sys.stderr)
         return None
@@ -110,13 +112,21 @@ class NinjaBuild(build_ext):
         )
 
     def build_cuda(self, cxx: str, torch_dir: Path) -> None:
-        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise OSError("nvcc was not found")
+        sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "ops" / "tensor.cpp"]
         archs = os.environ.get("FASTATTN_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
         gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
-        nvcc = f"{find_nvcc()} -ccbin {cxx.split()[0]} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {gencode} {STABLE_ABI}"
+        flags = f"-ccbin {cxx.split()[0]} -std=c++17 -O3 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
         includes = [f"-I{ROOT / 'csrc'}", f"-isystem {torch_dir / 'include'}"]
         link = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10 -ldl"
-        self.ninja("cuda", nvcc, [("_cuda.so", sources, includes, f"{find_nvcc()} -shared -cudart static", link)])
+        # The runtime is linked in: the object loads where no CUDA is installed, and says so when it is called.
+        self.ninja(
+            "cuda",
+            f"{nvcc} {flags} {gencode} {STABLE_ABI}",
+            [("_cuda.so", sources, includes, f"{nvcc} -shared -cudart static", link)],
+        )
 
     def ninja(
         self, name: str, compile_command: str, objects: list[tuple[str, list[Path], list[str], str, str]]

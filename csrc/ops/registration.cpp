@@ -1,20 +1,19 @@
 // The catalogue: which C++ function implements which operator on the CPU. Schemas are in fastattn/ops/_library.py.
 #include <tuple>
 
+#include "ops/norm.h"
 #include "ops/tensor.h"
 
 namespace fastattn {
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptionalTensor& residual,
-                                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                                        double eps, bool rms, double dropout_p,
-                                                        const OptionalTensor& rng_state);
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h,
-                                                         const OptionalTensor& weight, const Tensor& mean,
-                                                         const Tensor& rstd, bool rms, double dropout_p,
-                                                         const OptionalTensor& rng_state, bool weight_grad,
-                                                         bool bias_grad);
+NormResults norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                         const OptionalTensor& bias, double eps, bool rms, double dropout_p,
+                         const OptionalTensor& rng_state);
+NormResults norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const OptionalTensor& weight,
+                          const Tensor& mean, const Tensor& rstd, bool rms, double dropout_p,
+                          const OptionalTensor& rng_state, bool weight_grad, bool bias_grad);
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                                              const OptionalTensor& sinks, double softmax_scale, int64_t window_left,

@@ -1,0 +1,150 @@
+// A CUDA device in one CPU thread, to run row-wise kernels (csrc/cuda/*.cuh) for their arithmetic where there is no
+// GPU.
+//
+// Every CUDA thread of a block is a fiber. __syncthreads and the shuffles are barriers: a fiber that waits lets the
+// next one run. Blocks run one after another, so __shared__ is static memory. Warps are 32 wide; a warp's lanes must
+// shuffle together.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using std::sqrt;
+
+namespace host_cuda {
+
+struct Index {
+  unsigned x = 0;
+};
+
+// Counts arrivals; complete when all `size` fibers that still run have come.
+struct Barrier {
+  int size = 0, arrived = 0;
+  int64_t generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  int shuffles = 0;
+};
+
+constexpr size_t kStackBytes = 128 * 1024;
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers;
+inline unsigned current;
+inline Barrier block_barrier;
+inline std::vector<Barrier> warp_barriers;
+inline uint64_t exchange[1024][2];  // by thread; two slots in turn, so that a fast lane cannot overwrite what a slow
+                                    // one has to read
+inline void (*entry)(void*);
+inline void* entry_argument;
+
+inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+
+inline void release(Barrier& barrier) {
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+inline void wait(Barrier& barrier) {
+  const int64_t generation = barrier.generation;
+  if (++barrier.arrived == barrier.size) return release(barrier);
+  while (barrier.generation == generation) yield();
+}
+
+inline void leave(Barrier& barrier) {
+  if (--barrier.size > 0 && barrier.arrived == barrier.size) release(barrier);
+}
+
+inline void fiber_main() {
+  entry(entry_argument);
+  fibers[current].done = true;
+  leave(block_barrier);
+  leave(warp_barriers[current / 32]);
+  yield();
+}
+
+}  // namespace host_cuda
+
+inline host_cuda::Index threadIdx, blockIdx, blockDim, gridDim;
+
+inline void __syncthreads() { host_cuda::wait(host_cuda::block_barrier); }
+
+template <class T>
+inline T __shfl_xor_sync(unsigned, T x, int lane_mask) {
+  using namespace host_cuda;
+  const unsigned self = current;
+  const int slot = fibers[self].shuffles++ % 2;
+  std::memcpy(&exchange[self][slot], &x, sizeof x);
+  wait(warp_barriers[self / 32]);
+  std::memcpy(&x, &exchange[self ^ static_cast<unsigned>(lane_mask)][slot], sizeof x);
+  return x;
+}
+
+namespace host_cuda {
+
+// Runs kernel(arguments...) on `blocks` blocks of `threads`. Aborts if the threads of a block wait for each other
+// forever.
+template <class F>
+inline void run(int64_t blocks, int threads, F body) {
+  entry = [](void* f) { (*static_cast<F*>(f))(); };
+  entry_argument = &body;
+  if (fibers.size() < static_cast<size_t>(threads)) fibers.resize(threads);
+  gridDim.x = static_cast<unsigned>(blocks), blockDim.x = static_cast<unsigned>(threads);
+  for (int64_t block = 0; block < blocks; ++block) {
+    blockIdx.x = static_cast<unsigned>(block);
+    block_barrier = {threads};
+    warp_barriers.assign(threads / 32, Barrier{32});
+    for (int t = 0; t < threads; ++t) {
+      Fiber& fiber = fibers[t];
+      if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
+      fiber.done = false, fiber.shuffles = 0;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStackBytes;
+      makecontext(&fiber.context, fiber_main, 0);
+    }
+    for (int running = threads; running > 0;) {
+      const int64_t before = block_barrier.generation;
+      int64_t progress = 0;
+      for (int t = 0; t < threads; ++t) {
+        if (fibers[t].done) continue;
+        current = threadIdx.x = static_cast<unsigned>(t);
+        swapcontext(&scheduler, &fibers[t].context);
+        if (fibers[t].done) --running, ++progress;
+      }
+      static std::vector<int64_t> seen;
+      seen.resize(warp_barriers.size());
+      for (size_t w = 0; w < seen.size(); ++w) {
+        progress += seen[w] != warp_barriers[w].generation;
+        seen[w] = warp_barriers[w].generation;
+      }
+      if (running > 0 && progress == 0 && block_barrier.generation == before) {
+        std::fprintf(stderr, "deadlock in block %lld\n", static_cast<long long>(block));
+        std::abort();
+      }
+    }
+  }
+}
+
+struct Launch {
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
+    run(blocks, threads, [&] { kernel(arguments...); });
+  }
+};
+
+}  // namespace host_cuda
