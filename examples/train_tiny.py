@@ -1,9 +1,9 @@
 """Train a small decoder on real English: the language reference that ships with Python.
 
-    python examples/train_tiny.py                      # 300 steps, 2 minutes on 2 cores
+    python examples/train_tiny.py                      # 300 steps, loss 5.4 to 2.0, half a minute of CPU time
     python examples/train_tiny.py --steps 2000 --dim 192 --layers 6
 
-Prints the loss in nats per byte (5.5 is a uniform guess, about 2.3 is knowing single letters' frequencies and neighbours), then a
+Prints the loss in nats per byte (ln 256 = 5.55 is a uniform guess, 3.26 the entropy of this text's single bytes), then a
 sample. ``train`` is what the test of the training step calls.
 """
 
