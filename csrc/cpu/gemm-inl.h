@@ -158,6 +158,13 @@ inline void multiply_piece(const LinearParams& p, const MatrixProduct& product, 
   using G = Gemm<T>;
   const int64_t block = depth_block<T>(p.K), stride = dense_stride<T>(block);
   const S* a = static_cast<const S*>(product.a);
+  if constexpr (!std::is_same_v<S, double>) {
+    if (product.packed == nullptr && product.b_transposed && !product.a_transposed && streams<S>(piece.rows)) {
+      const S* bt = static_cast<const S*>(product.b) + piece.column * product.ldb;
+      return stream_multiply<S>(piece.rows, a + piece.row * product.lda, product.lda, bt, product.ldb, piece.columns,
+                                p.K, block, sums, p.column_block, accumulate);
+    }
+  }
   for (int64_t k = 0; k < p.K; k += block) {
     const int64_t depth = std::min(block, p.K - k), padded = round_up(depth, G::kDepth);
     const T* rows = dense;

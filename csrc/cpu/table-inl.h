@@ -6,6 +6,7 @@
 #include "cpu/math-inl.h"
 #include "cpu/philox-inl.h"
 #include "cpu/gemm_micro-inl.h"
+#include "cpu/gemm_stream-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/activation-inl.h"
 #include "cpu/ffn-inl.h"

@@ -1,0 +1,30 @@
+"""Up to four rows the C++ feed-forward streams the weights instead of packing them: the same bits as in a large batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastattn
+
+pytest.importorskip("fastattn._native", reason="the C++ core is not built")
+
+
+@pytest.mark.parametrize("sizes", [(576, 1536, 576), (301, 130, 65), (37, 45, 19), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_few_rows_have_the_bits_they_have_in_a_batch(
+    compiled: str, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> None:
+    model, hidden, out = sizes
+    x = torch.randn(140, model).to(dtype)
+    w_gate, w_up = ((torch.randn(hidden, model) / model**0.5).to(dtype) for _ in range(2))
+    w_down = (torch.randn(out, hidden) / hidden**0.5).to(dtype)
+    bias = torch.randn(hidden).to(dtype)
+    calls = (
+        lambda rows: fastattn.glu_ffn(rows, w_gate, w_up, w_down, bias, bias, implementation=compiled),
+        lambda rows: fastattn.ffn(rows, w_up, w_down, bias, implementation=compiled),
+    )
+    for call in calls:
+        whole = call(x)  # over one row block: packed once for all
+        for rows in (1, 2, 3, 4, 5, 40):
+            assert torch.equal(call(x[7 : 7 + rows]), whole[7 : 7 + rows]), f"{rows} rows"
