@@ -54,18 +54,22 @@ def test_skipped_and_full_blocks(implementation: str, options: dict[str, object]
 
 
 @pytest.mark.parametrize("rows, keys", [(150, 210), (210, 150)])
-def test_upper_left_causal_blocks(implementation: str, rows: int, keys: int) -> None:
-    q, k, v = (torch.randn(1, 1, n, 16) for n in (rows, keys, keys))
-    leaves = [[x.clone().to(t).requires_grad_() for x in (q, k, v)] for t in (torch.float32, torch.float64)]
-    outs = [
-        fastattn.scaled_dot_product_attention(*leaves[0], is_causal=True)
-        if implementation is None
-        else torch.ops.fastattn.triton_attention_forward(
-            *(x.detach() for x in leaves[0]), None, None, None, 0.25, -1, 0, 0, 0.0, 0.0, None
-        )[0],
-        torch.nn.functional.scaled_dot_product_attention(*leaves[1], is_causal=True),
-    ]
-    assert_accurate(outs[0], outs[0].detach(), outs[1], "out", terms=keys * 16)
+def test_upper_left_causal_blocks(implementation: str, rows: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's is_causal: the diagonal starts at the first key whatever the lengths. Output and gradients."""
+    monkeypatch.setenv("FASTATTN_IMPLEMENTATION", implementation)
+    tensors = [torch.randn(1, 1, n, 16) for n in (rows, keys, keys)]
+    cotangent = torch.randn(1, 1, rows, 16)
+
+    def run(function, dtype: torch.dtype) -> list[Tensor]:  # type: ignore[no-untyped-def]
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = function(*leaves, is_causal=True)
+        return [out, *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
+
+    theirs = torch.nn.functional.scaled_dot_product_attention
+    actual = run(fastattn.scaled_dot_product_attention, torch.float32)
+    peer, exact = run(theirs, torch.float32), run(theirs, torch.float64)
+    for name, a, p, e in zip(("out", "dq", "dk", "dv"), actual, peer, exact, strict=True):
+        assert_accurate(a, p, e, name, terms=keys * 16)
 
 
 @pytest.mark.parametrize("order", ["bnhd", "sliced", "expanded"])
