@@ -12,27 +12,30 @@ import sys as _sys
 
 __version__ = "0.1.0"
 
-#: Why the package could not be imported; only ever set under ``python -m fastattn``, so that ``info`` can report it.
+#: Why the package could not be imported; only ever set under ``python -m fastattn``, which then says so.
 import_error: Exception | None = None
 
-try:
-    from fastattn import nn, ops, reference
-    from fastattn.nn import conversion_report, convert, revert
-    from fastattn.ops import (
-        Explanation,
-        attention,
-        explain,
-        ffn,
-        glu_ffn,
-        layer_norm,
-        rms_norm,
-        rope,
-        scaled_dot_product_attention,
-    )
-except Exception as _error:
-    if _sys.orig_argv[1:3] != ["-m", "fastattn"]:
-        raise
-    import_error = _error
+_command = " ".join(_sys.orig_argv)
+# `info` must report a broken installation, even a library whose loading kills the process: it looks from a child process.
+if "-m fastattn info" not in _command:
+    try:
+        from fastattn import nn, ops, reference
+        from fastattn.nn import conversion_report, convert, revert
+        from fastattn.ops import (
+            Explanation,
+            attention,
+            explain,
+            ffn,
+            glu_ffn,
+            layer_norm,
+            rms_norm,
+            rope,
+            scaled_dot_product_attention,
+        )
+    except Exception as _error:
+        if "-m fastattn" not in _command:
+            raise
+        import_error = _error
 
 __all__ = [
     "Explanation",

@@ -101,6 +101,26 @@ def test_a_broken_extension_is_a_warning_not_a_crash(tmp_path: Path) -> None:
     assert "does not load" in done.stdout and "does not load" in done.stderr
 
 
+def test_info_survives_a_library_that_kills_the_process(tmp_path: Path) -> None:
+    """A truncated library maps fine and dies of SIGBUS when its missing pages are touched."""
+    core = ROOT / "fastattn" / "_C.so"
+    if not core.exists():
+        pytest.skip("needs the built core")
+    root = _copy_without_binaries(tmp_path)
+    content = core.read_bytes()
+    (root / "fastattn" / "_C.so").write_bytes(content[: len(content) // 2])
+    done = subprocess.run(
+        [sys.executable, "-m", "fastattn", "info", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "_C.so" in done.stdout or "SIGBUS" in done.stdout
+
+
 def test_unavailable_isa_is_said_and_ignored(tmp_path: Path) -> None:
     pytest.importorskip("fastattn._native")
     code = "import fastattn; from fastattn import _native; print(_native.current_isa(), *_native.available_isas())"

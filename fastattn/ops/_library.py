@@ -205,6 +205,13 @@ def _load(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
 def _text(function: str) -> str:
     """A fact of the C++ core: one of its ``const char* f()``."""
     assert _core is not None
@@ -224,7 +231,7 @@ _core = _load("_C")
 #: Which implementations this process can load.
 has_cpu = _core is not None
 has_cuda = _load("_cuda") is not None
-has_triton = importlib.util.find_spec("triton") is not None
+has_triton = _installed("triton")
 triton_interprets = os.environ.get("TRITON_INTERPRET") == "1"
 #: Whether `auto` takes the C++ kernels: their scalar form is only for checking.
 cpu_is_fast = has_cpu and (_text("fastattn_best_isa") != "scalar" or os.environ.get("FASTATTN_ISA") == "scalar")

@@ -66,7 +66,7 @@ def rng_state(state: Tensor | None, dropout_p: float) -> Tensor | None:
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under ``torch.autocast`` cast floating tensors to its dtype, as torch does for matmuls; float64 stays."""
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
