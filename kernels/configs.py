@@ -123,7 +123,7 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
     """Tiles of the dK/dV kernel (``block_n`` keys stay, ``block_m`` rows a step): two accumulators of block_n x head_dim.
 
     At head_dim 128 they take 128 of the 255 registers of each of 256 threads, and more than 16 rows a step spills (sm_90). At 256
-    only 32 keys fit, half of a wgmma's 64 rows: mma.sync there.
+    only 32 keys fit, half of a wgmma's 64 rows: mma.sync there. sm_100 accumulates in tensor memory, but pipelining spills.
     """
     if arch.kind == "interpreter":
         return _INTERPRETED
@@ -134,6 +134,8 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
     if head_dim <= 128 and extras:
         return Attention(16, 64, 8, 2)
     if head_dim <= 128:
+        if arch.number >= 100:
+            return Attention(64, 64, 8, 1)
         return Attention(16, 128, 8, 2) if arch.number == 90 else Attention(32, 64, 8, 2)
     return Attention(32, 32, 8, 1)
 

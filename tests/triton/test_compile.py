@@ -1,8 +1,8 @@
 """Every Triton kernel's shipped configuration, compiled ahead of time for GPUs that are not here.
 
 Nothing may spill, shared memory must fit the architecture, and matrix products must run on tensor cores: HMMA on sm_80,
-HGMMA (wgmma) on sm_90. The compiler cannot share a process with the interpreter, nor may it find binaries of an earlier run:
-``compiled_report.py`` runs in a process of its own with an empty cache and prints one line a kernel.
+HGMMA (wgmma) on sm_90, UTCHMMA (tcgen05) on sm_100. The compiler cannot share a process with the interpreter, nor may it find
+binaries of an earlier run: ``compiled_report.py`` runs in a process of its own with an empty cache and prints one line a kernel.
 """
 
 import json
@@ -16,13 +16,14 @@ import pytest
 pytest.importorskip("triton")
 
 _ROOT = Path(__file__).resolve().parents[2]
-_TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
+_TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 _PRODUCTS = ("attention_forward", "attention_backward_keys", "attention_backward_queries", "attention_mask", "ffn_")
 
 # (architecture, cases of compiled_report.py): the main shapes everywhere, all on sm_90, for which the tiles were chosen.
 _RUNS = [
     pytest.param(80, ("attention-128", "ffn"), id="sm_80"),
     pytest.param(90, ("attention-64", "attention-128", "attention-128-everything", "norm", "ffn"), id="sm_90"),
+    pytest.param(100, ("attention-128",), id="sm_100"),
     pytest.param(80, ("attention-64", "norm"), id="sm_80-rest", marks=pytest.mark.slow),
     pytest.param(
         90, ("attention-256", "attention-64-everything", "attention-float32"), id="sm_90-rest", marks=pytest.mark.slow
