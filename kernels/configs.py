@@ -91,16 +91,17 @@ def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arc
     """Tiles of the forward kernel. ``head_dim``: the larger padded one of q/k and v; ``extras``: ``Features.extras``.
 
     8 warps for 128 rows: on sm_90 a warpgroup owns the 64 rows of one wgmma. sm_80 keeps operands of mma.sync in registers, which
-    halves the keys a step from head_dim 128 on, and so do extras. float32 on the plain FMA path holds operands in registers.
+    halves the keys a step from head_dim 128 on; extras take a quarter of the tile. float32 on the plain FMA
+    path holds operands in registers.
     """
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
         return Attention(32, 32, 8, 1)
-    if head_dim <= 64:
-        return Attention(128, 32, 8, 3) if extras else Attention(128, 64, 8, 3)
-    if head_dim <= 128 and extras:
+    if extras:
         return Attention(64, 32, 8, 2)
+    if head_dim <= 64:
+        return Attention(128, 64, 8, 3)
     if head_dim <= 128:
         return Attention(128, 64, 8, 3) if arch.number == 90 else Attention(128, 32, 8, 2)
     return Attention(64, 32, 8, 2)
