@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -55,7 +56,9 @@ class NinjaBuild(build_ext):
         if cxx is None or shutil.which(cxx.split()[0]) is None:
             return self.skip("no C++ compiler found")
         try:
-            import torch
+            with warnings.catch_warnings():  # torch warns if numpy is missing; it is not needed here
+                warnings.simplefilter("ignore")
+                import torch
         except ImportError:
             return self.skip("torch is not importable in the build environment")
         wanted = os.environ.get("FASTATTN_BUILD_CUDA", "auto")
@@ -137,8 +140,9 @@ class NinjaBuild(build_ext):
         depfile = "-MD -MF $out.d"
         lines = [
             "ninja_required_version = 1.5",
-            f"rule compile\n  command = {compile_command} $flags {depfile} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $linker -o $out $in $libs",
+            f"rule compile\n  command = {compile_command} $flags {depfile} -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
+            "rule link\n  command = $linker -o $out $in $libs\n  description = link $out",
         ]
         for target, sources, flags, linker, libs in objects:
             compiled = []

@@ -70,10 +70,19 @@ inline Half from_acc<Half, float>(float x) {
 template <class F>
 inline void dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat32: f(static_cast<float*>(nullptr)); break;
-    case DType::kFloat64: f(static_cast<double*>(nullptr)); break;
-    case DType::kFloat16: f(static_cast<Half*>(nullptr)); break;
-    case DType::kBFloat16: f(static_cast<BFloat16*>(nullptr)); break;
-    case DType::kBool: break;
+    case DType::kFloat32:
+      f(static_cast<float*>(nullptr));
+      break;
+    case DType::kFloat64:
+      f(static_cast<double*>(nullptr));
+      break;
+    case DType::kFloat16:
+      f(static_cast<Half*>(nullptr));
+      break;
+    case DType::kBFloat16:
+      f(static_cast<BFloat16*>(nullptr));
+      break;
+    case DType::kBool:
+      break;
   }
 }

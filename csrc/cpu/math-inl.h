@@ -1,4 +1,5 @@
-// Elementary functions on Vec. float: relative error below 2 ulp over the whole range, special values as in C; double: libm per lane.
+// Elementary functions on Vec. float: relative error below 2 ulp over the whole range, special values as in C; double:
+// libm per lane.
 
 // f applied lane by lane through memory: double precision is for checking gradients, not for speed.
 template <class F>
@@ -9,7 +10,8 @@ inline VecD per_lane(VecD x, F f) {
   return VecD::load(lanes);
 }
 
-// e^x: x = n ln2 + r with |r| <= ln2/2 (Cody-Waite, ln2 in two parts), e^r by the degree-6 Taylor-minimax polynomial, times 2^n.
+// e^x: x = n ln2 + r with |r| <= ln2/2 (Cody-Waite, ln2 in two parts), e^r by the degree-6 Taylor-minimax polynomial,
+// times 2^n.
 inline VecF exp(VecF x) {
   const VecF nan_kept = x;
   // 2^129 overflows and 2^-151 underflows whatever r is.

@@ -1,4 +1,5 @@
-// What travels from csrc/ops to a kernel: one plain struct per operation and direction. Raw pointers, strides in elements.
+// What travels from csrc/ops to a kernel: one plain struct per operation and direction. Raw pointers, strides in
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,8 @@ struct Range {
   int64_t begin, end;
 };
 
-// Dropout (docs/numerics.md): element (row, column) of a call is dropped iff its Philox word is below `threshold` = round(p * 2^32);
-// what is kept is multiplied by `scale` = 1 / (1 - p). threshold == 0 means no dropout.
+// Dropout (docs/numerics.md): element (row, column) of a call is dropped iff its Philox word is below `threshold` =
+// round(p * 2^32); what is kept is multiplied by `scale` = 1 / (1 - p). threshold == 0 means no dropout.
 struct Dropout {
   uint64_t seed = 0;
   uint32_t offset = 0;
@@ -40,7 +41,8 @@ struct Dropout {
   double scale = 1;
 };
 
-// y[b,h,n,:] = x[b,h,n,:] with the first 2*half_dim channels rotated by the angles of row n. Work item: (b, h, n) flattened.
+// y[b,h,n,:] = x[b,h,n,:] with the first 2*half_dim channels rotated by the angles of row n. Work item: (b, h, n)
+// flattened.
 struct RopeParams {
   DType dtype;
   int64_t batch, heads, rows, head_dim, half_dim;
@@ -65,8 +67,9 @@ struct GemmParams {
   int64_t repeats;  // products after one packing
 };
 
-// h = dropout(x) + residual, y = norm(h) row by row. Work item: a row. x and residual have unit column stride and their own row
-// stride; every output is contiguous. weight and bias (columns,) in weight_dtype (dtype or float32), null where absent.
+// h = dropout(x) + residual, y = norm(h) row by row. Work item: a row. x and residual have unit column stride and their
+// own row stride; every output is contiguous. weight and bias (columns,) in weight_dtype (dtype or float32), null where
+// absent.
 struct NormForwardParams {
   DType dtype, weight_dtype;
   int64_t rows, columns;
@@ -80,17 +83,19 @@ struct NormForwardParams {
   Dropout dropout;
 };
 
-// The gradients. norm_backward's work item: a chunk of chunk_rows rows; norm_backward_reduce's, after all chunks: a column.
+// The gradients. norm_backward's work item: a chunk of chunk_rows rows; norm_backward_reduce's, after all chunks: a
+// column.
 struct NormBackwardParams {
   DType dtype, weight_dtype;
   int64_t rows, columns, chunk_rows;
   const void *dy, *dh, *h;  // unit column stride; dh (the incoming gradient of h) may be null
   int64_t dy_stride, dh_stride, h_stride;
   const void* weight;
-  const void *mean, *rstd;                // as norm_forward gave them
-  void *dh_total, *dx;                    // contiguous; dx null without dropout
-  void *partial_dweight, *partial_dbias;  // (chunks, columns), accumulation dtype; null where not wanted, bias needs weight
-  void *dweight, *dbias;                  // (columns,) in weight_dtype; null where not wanted
+  const void *mean, *rstd;  // as norm_forward gave them
+  void *dh_total, *dx;      // contiguous; dx null without dropout
+  void *partial_dweight,
+      *partial_dbias;     // (chunks, columns), accumulation dtype; null where not wanted, bias needs weight
+  void *dweight, *dbias;  // (columns,) in weight_dtype; null where not wanted
   bool rms;
   Dropout dropout;
 };
@@ -111,32 +116,32 @@ struct AttentionParams {
   int64_t window_left, window_right, diagonal;  // key j is visible to row i iff -left <= j - (i + diagonal) <= right
   Dropout dropout;
   double dropout_scale;  // 1 / (1 - p) in double
-  void* out;  // (batch, heads, rows, head_dim_v)
+  void* out;             // (batch, heads, rows, head_dim_v)
   int64_t out_stride[3];
-  void* lse;  // (batch, heads, rows), contiguous, in the accumulation dtype
+  void* lse;      // (batch, heads, rows), contiguous, in the accumulation dtype
   void* partial;  // null, or for few rows (batch, heads, rows, key parts, 2 + head_dim_v): see attention_decode-inl.h
   bool merge;     // second half of such a call
 };
 
 // What one call of the backward kernel computes, and so what its work items are.
 enum class AttentionStage {
-  kAll,       // (b, kv head): every gradient of q, k and v at five products a block
-  kQueries,   // (b, head, query block): dq and the row sums, at three products
-  kKeys,      // (b, kv head, key block): dk and dv, at four; together with kQueries bitwise equal to kAll
-  kMask,      // (mask batch | 1, mask head | 1, query block | 1, key block | 1): dmask
-  kFinish,    // head: dslopes and dsinks from the row sums
+  kAll,      // (b, kv head): every gradient of q, k and v at five products a block
+  kQueries,  // (b, head, query block): dq and the row sums, at three products
+  kKeys,     // (b, kv head, key block): dk and dv, at four; together with kQueries bitwise equal to kAll
+  kMask,     // (mask batch | 1, mask head | 1, query block | 1, key block | 1): dmask
+  kFinish,   // head: dslopes and dsinks from the row sums
 };
 
 struct AttentionBackwardParams : AttentionParams {
   AttentionStage stage;
   const void* dout;
   int64_t dout_stride[3];
-  const void* dlse;  // null or like lse
+  const void* dlse;    // null or like lse
   void *dq, *dk, *dv;  // contiguous
   void* dmask;         // null or contiguous, mask_extent[i] == 1 where the mask is broadcast
   int64_t mask_extent[4];
-  void *dslopes, *dsinks;       // null or like slopes and sinks
-  void *delta, *slope_rows;     // (batch, heads, rows) accumulators behind dsinks and dslopes
+  void *dslopes, *dsinks;    // null or like slopes and sinks
+  void *delta, *slope_rows;  // (batch, heads, rows) accumulators behind dsinks and dslopes
 };
 
 // In the order of fastattn.reference.ffn.ACTIVATIONS.

@@ -1,7 +1,8 @@
 // Rotary position embedding (Su et al., "RoFormer", 2021). Contract: RopeParams in params.h.
 //
 //   first  = a cos - b sin        with (a, b) = (x[i], x[i + half_dim])   half layout (GPT-NeoX, Llama in transformers)
-//   second = b cos + a sin                   = (x[2i], x[2i + 1])         interleaved layout (GPT-J, Llama's own weights)
+//   second = b cos + a sin                   = (x[2i], x[2i + 1])         interleaved layout (GPT-J, Llama's own
+//   weights)
 // Channels from 2 * half_dim on are copied.
 
 template <class T>
@@ -17,7 +18,8 @@ inline void rope_row_half(const T* x, T* y, const Acc<T>* cos, const Acc<T>* sin
 }
 
 template <class T>
-inline void rope_row_interleaved(const T* x, T* y, const Acc<T>* cos, const Acc<T>* sin, Acc<T> sign, int64_t half_dim) {
+inline void rope_row_interleaved(const T* x, T* y, const Acc<T>* cos, const Acc<T>* sin, Acc<T> sign,
+                                 int64_t half_dim) {
   for (int64_t i = 0; i < half_dim; ++i) {
     const Acc<T> a = to_acc(x[2 * i]), b = to_acc(x[2 * i + 1]), s = sin[i] * sign;
     y[2 * i] = from_acc<T>(a * cos[i] - b * s);

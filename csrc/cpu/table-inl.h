@@ -1,4 +1,5 @@
-// The algorithms, in dependency order, and the table that exports them. Included once per target, inside its region and namespace.
+// The algorithms, in dependency order, and the table that exports them. Included once per target, inside its region and
+// namespace.
 
 // clang-format off
 #include "cpu/convert-inl.h"

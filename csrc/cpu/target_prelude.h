@@ -1,5 +1,5 @@
-// Everything a target file needs from outside, included before its target region opens: standard headers stay compiled for the
-// baseline, so that no inline function of theirs can leak a newer instruction into ordinary code.
+// Everything a target file needs from outside, included before its target region opens: standard headers stay compiled
+// for the baseline, so that no inline function of theirs can leak a newer instruction into ordinary code.
 #pragma once
 
 #include <algorithm>

@@ -23,7 +23,9 @@ inline void store16_n(uint16_t* p, __m128i x, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(uint16_t));
 }
 
-inline __m256 widen(BFloat16, __m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+inline __m256 widen(BFloat16, __m128i x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
 inline __m256 widen(Half, __m128i x) { return _mm256_cvtph_ps(x); }
 inline __m128i narrow(Half, __m256 x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 inline __m128i narrow(BFloat16, __m256 x) {
@@ -196,7 +198,8 @@ struct VecU32 {
   explicit VecU32(__m256i x) : v(x) {}
   explicit VecU32(uint32_t x) : v(_mm256_set1_epi32(static_cast<int>(x))) {}
   static VecU32 iota(uint32_t start) {
-    return VecU32(_mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(start)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+    return VecU32(
+        _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(start)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
   }
 };
 inline VecU32 operator+(VecU32 a, VecU32 b) { return VecU32(_mm256_add_epi32(a.v, b.v)); }

@@ -7,7 +7,9 @@ struct Vec;
 inline __mmask16 lanes16(int64_t n) { return static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(n))); }
 inline __mmask8 lanes8(int64_t n) { return static_cast<__mmask8>(_bzhi_u32(0xff, static_cast<unsigned>(n))); }
 
-inline __m512 widen(BFloat16, __m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m512 widen(BFloat16, __m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
 inline __m512 widen(Half, __m256i x) { return _mm512_cvtph_ps(x); }
 inline __m256i narrow(Half, __m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 inline __m256i narrow(BFloat16, __m512 x) {
@@ -52,8 +54,8 @@ struct Vec<float> {
     _mm256_mask_storeu_epi16(p, lanes16(n), narrow(T{}, v));
   }
   static Vec iota(float start) {
-    return Vec(_mm512_add_ps(_mm512_set1_ps(start),
-                             _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+    return Vec(
+        _mm512_add_ps(_mm512_set1_ps(start), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
   }
 };
 
@@ -149,7 +151,9 @@ inline float reduce_max(VecF a) { return _mm512_reduce_max_ps(a.v); }
 inline double reduce_add(VecD a) { return _mm512_reduce_add_pd(a.v); }
 inline double reduce_max(VecD a) { return _mm512_reduce_max_pd(a.v); }
 
-inline VecF round_nearest(VecF x) { return VecF(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+inline VecF round_nearest(VecF x) {
+  return VecF(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 // p * 2^rounded.
 inline VecF scale_by_rounded(VecF p, VecF rounded) { return VecF(_mm512_scalef_ps(p.v, rounded.v)); }
 
@@ -178,7 +182,8 @@ inline MaskF ge_unsigned(VecU32 a, uint32_t bound) {
 }
 inline VecF keep(MaskF mask, VecF x) { return VecF(_mm512_maskz_mov_ps(mask.m, x.v)); }
 
-// 16 x 16: 4 x 4 blocks turn over within the 128-bit quarters of 4 neighbouring rows, then the quarters of 4 such groups.
+// 16 x 16: 4 x 4 blocks turn over within the 128-bit quarters of 4 neighbouring rows, then the quarters of 4 such
+// groups.
 inline void transpose(VecF (&block)[16]) {
   __m512 a[16], b[16];
 #pragma GCC unroll 8
@@ -196,7 +201,8 @@ inline void transpose(VecF (&block)[16]) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512 even01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    const __m512 even01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88),
+                 odd01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
     const __m512 even23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
     const __m512 odd23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
     block[i].v = _mm512_shuffle_f32x4(even01, even23, 0x88);

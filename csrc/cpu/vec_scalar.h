@@ -1,7 +1,7 @@
 // Vec<T> of one lane: the readable twin of vec_avx2.h and vec_avx512.h, and the contract they follow.
 //
-// A Vec<float> holds kLanes float32 lanes, a Vec<double> half as many. Loads widen 16-bit storage, stores round to nearest even.
-// load_n / store_n touch the first n lanes only (0 <= n <= kLanes); the other lanes load as zero.
+// A Vec<float> holds kLanes float32 lanes, a Vec<double> half as many. Loads widen 16-bit storage, stores round to
+// nearest even. load_n / store_n touch the first n lanes only (0 <= n <= kLanes); the other lanes load as zero.
 
 template <class A>
 struct Vec {
@@ -148,8 +148,8 @@ inline Vec<float> keep(bool mask, Vec<float> x) { return mask ? x : Vec<float>::
 // block[i] lane j <-> block[j] lane i, for kLanes vectors.
 inline void transpose(VecF (&)[1]) {}
 
-// 32-bit numbers in 64-bit lanes: a product needs one multiplication instead of VecU32's two. What is above bit 31 is noise, which
-// nothing looks at.
+// 32-bit numbers in 64-bit lanes: a product needs one multiplication instead of VecU32's two. What is above bit 31 is
+// noise, which nothing looks at.
 struct VecU64 {
   static constexpr int kLanes = 1;
   uint64_t v;

@@ -15,9 +15,9 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interlea
   FASTATTN_CHECK(sin.size(0) == cos.size(0) && sin.size(1) == cos.size(1) && sin.size(2) == cos.size(2),
                  "rope: sin and cos differ in shape");
   const ScalarType angle_type = accumulation_type(x.scalar_type());
-  FASTATTN_CHECK(cos.is_contiguous() && sin.is_contiguous() && cos.scalar_type() == angle_type &&
-                     sin.scalar_type() == angle_type,
-                 "rope: cos and sin are not contiguous in the accumulation dtype");
+  FASTATTN_CHECK(
+      cos.is_contiguous() && sin.is_contiguous() && cos.scalar_type() == angle_type && sin.scalar_type() == angle_type,
+      "rope: cos and sin are not contiguous in the accumulation dtype");
 
   const Tensor y = empty({p.batch, p.heads, p.rows, p.head_dim}, x.scalar_type());
   p.x = x.const_data_ptr(), p.y = y.mutable_data_ptr();

@@ -10,8 +10,9 @@ namespace fastattn {
 
 namespace {
 
-// Outputs from this size on come from fresh pages on every call, and touching 4 KiB pages one by one takes longer than the kernels:
-// 2.3 GB/s against 12 GB/s with 2 MiB pages (2-core virtual machine). Where the system leaves that choice to programs, take them.
+// Outputs from this size on come from fresh pages on every call, and touching 4 KiB pages one by one takes longer than
+// the kernels: 2.3 GB/s against 12 GB/s with 2 MiB pages (2-core virtual machine). Where the system leaves that choice
+// to programs, take them.
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kHugeFrom = 2 * kHugePage;
 
@@ -29,12 +30,18 @@ void prefer_huge_pages(const Tensor& x) {
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Bool: return DType::kBool;
-    default: break;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Bool:
+      return DType::kBool;
+    default:
+      break;
   }
   FASTATTN_CHECK(false, "dtype is not float64, float32, float16, bfloat16 or bool");
   return DType::kBool;

@@ -18,7 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Validation proper is in fastattn/ops (ValueError with names); these checks keep a direct torch.ops call from crashing.
+// Validation proper is in fastattn/ops (ValueError with names); these checks keep a direct torch.ops call from
+// crashing.
 #define FASTATTN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastattn: ", __VA_ARGS__)
 
 DType dtype_of(const Tensor& x);

@@ -82,7 +82,7 @@ def test_masks_and_layouts(layout, masks, train, norm_first):
         nn.ReLU(),
         nn.ELU(),
     ],
-    ids=str,
+    ids=lambda a: getattr(a, "__name__", str(a)),  # no addresses: parallel workers must agree on names
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_activations(activation, bias, norm_first):
