@@ -65,4 +65,5 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.demo
 	@FASTATTN_BUILD_CPP=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[dev,triton]"
+	@$(PIP) install --no-deps "anarcii==2.0.8" # a real encoder-decoder with weights, for a test
 	@touch $@

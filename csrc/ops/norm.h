@@ -12,7 +12,7 @@ constexpr int64_t kMaxColumns = (int64_t{1} << 31) - (1 << 16);
 
 using NormResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-inline bool has_unit_columns(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1; }
+inline bool has_unit_columns(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 || x.numel() == 0; }
 
 inline void check_rows(const OptionalTensor& t, const Tensor& like, const char* name) {
   if (!t.has_value()) return;

@@ -90,8 +90,8 @@ def test_corrupt_library(command, copied, content):
 
 def test_not_built(command, copied):
     facts = json.loads(command("info", "--json", path=(copied,)).stdout)
+    # Not so fastattn._native: where the package is installed for editing, its import hook still finds the original's.
     assert facts["libraries"]["_C"] == "_C.so is not built"
-    assert "error" in facts["native"]
 
 
 def test_broken_python_file(command, copied):
