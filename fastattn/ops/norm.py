@@ -220,12 +220,14 @@ def _norm(
     chosen = choose(op, implementation, x.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
 
-    columns = math.prod(shape)
-    rows = math.prod(x.shape[: x.dim() - len(shape)])
-    flat = x.reshape(rows, columns)
-    flat_residual = None if residual is None else residual.reshape(rows, columns)
-    flat_weight = None if weight is None else weight.reshape(columns)
-    flat_bias = None if bias is None else bias.reshape(columns)
+    as_rows = x.dim() == 2 and len(shape) == 1
+    flat, flat_residual, flat_weight, flat_bias = x, residual, weight, bias
+    if not as_rows:
+        columns, rows = math.prod(shape), math.prod(x.shape[: x.dim() - len(shape)])
+        flat = x.reshape(rows, columns)
+        flat_residual = None if residual is None else residual.reshape(rows, columns)
+        flat_weight = None if weight is None else weight.reshape(columns)
+        flat_bias = None if bias is None else bias.reshape(columns)
     if chosen == "reference":
         y, h = norm_rows(flat, flat_residual, flat_weight, flat_bias, **options._asdict(), rng_state=rng_state)
     else:
@@ -238,10 +240,11 @@ def _norm(
             y, h, _, _ = (_NormDual if forward_mode() else _Norm).apply(*tensors, rng_state, triton, *options)
         else:
             y, h, _, _ = _operator(triton, "forward")(*tensors, *options, rng_state)
-    y = y.reshape(x.shape)
+    if not as_rows:
+        y, h = y.reshape(x.shape), h if h.numel() != x.numel() else h.reshape(x.shape)
     if not return_residual:
         return y
-    return y, x if residual is None and options.dropout_p == 0 else h.reshape(x.shape)
+    return y, x if residual is None and options.dropout_p == 0 else h
 
 
 def _triton_why_not(x: Tensor) -> str | None:
