@@ -13,6 +13,9 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def tensor(name: str, x: object, dim: int | None = None) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got a {kind} one")
     if dim is not None and x.dim() != dim:
         raise ValueError(f"{name}: expected {dim} dimensions, got shape {tuple(x.shape)}")
     return x
@@ -40,13 +43,21 @@ def shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
+def number(name: str, value: object) -> None:
+    # What people pass by mistake; a list of what is right would break the graph of torch.compile's symbolic numbers.
+    if value is None or isinstance(value, str | bytes | list | tuple | dict):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
 def dropout(dropout_p: float) -> float:
+    number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p}, allowed is 0 <= dropout_p < 1")
     return float(dropout_p)
 
 
 def positive_finite(name: str, value: float) -> float:
+    number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: got {value}, allowed are positive finite numbers")
     return float(value)

@@ -308,6 +308,8 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("
 def _check_window(window_size: tuple[int, int]) -> tuple[int, int]:
     try:
         left, right = (int(side) for side in window_size)
+        if (left, right) != tuple(window_size):
+            raise ValueError
     except (TypeError, ValueError):
         raise ValueError(f"window_size: expected two integers (left, right), got {window_size!r}") from None
     if left < -1 or right < -1:
@@ -316,6 +318,7 @@ def _check_window(window_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_softcap(softcap: float) -> float:
+    _validate.number("softcap", softcap)
     if not (math.isfinite(softcap) and softcap >= 0):
         raise ValueError(f"softcap: got {softcap}, allowed are finite numbers >= 0 (0 = off)")
     return float(softcap)

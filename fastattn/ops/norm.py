@@ -263,6 +263,7 @@ def _check(
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or len(shape) > x.dim() or tuple(x.shape[x.dim() - len(shape) :]) != shape:
         raise ValueError(f"normalized_shape: {shape} is not the end of x's shape {tuple(x.shape)}")
+    _validate.number("eps", options.eps)
     if not (math.isfinite(options.eps) and options.eps >= 0):
         raise ValueError(f"eps: got {options.eps}, allowed are finite numbers >= 0")
     _validate.dropout(options.dropout_p)

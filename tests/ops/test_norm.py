@@ -192,6 +192,7 @@ BAD = [
     ({"weight": torch.ones(8, dtype=torch.float16)}, TypeError, "weight: got dtype torch.float16"),
     ({"weight": 3.0}, TypeError, "weight: expected a Tensor"),
     ({"bias": torch.ones(8, device="meta")}, ValueError, "bias: on meta"),
+    ({"eps": "small"}, TypeError, "eps: expected a number, got 'small'"),
     ({"eps": -1.0}, ValueError, "eps: got -1.0"),
     ({"eps": math.nan}, ValueError, "eps: got nan"),
     ({"residual": torch.ones(8)}, ValueError, "residual: expected shape (2, 8)"),
