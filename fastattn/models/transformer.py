@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.ops._library import accumulation_dtype
 from fastattn.ops._select import IMPLEMENTATIONS
 from fastattn.ops.attention import attention
 from fastattn.ops.ffn import ffn, glu_ffn
 from fastattn.ops.norm import layer_norm, rms_norm
 from fastattn.ops.rope import rope
 from fastattn.reference.ffn import ACTIVATIONS, GATED_ACTIVATIONS
+from fastattn.reference.precision import accumulation_dtype
 
 NORMS = ("rms_norm", "layer_norm")
 POSITIONS = ("rope", "learned", "sinusoidal", "none")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastattn.ops._library import accumulation_dtype
 from fastattn.ops.attention import attention
+from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["MultiheadAttention"]
 

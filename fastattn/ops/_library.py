@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastattn.reference.precision import accumulation_dtype
+
 SCHEMAS = {
     # q (B, H, Nq, D); k (B, Hk, Nk, D); v (B, Hk, Nk, Dv); attn_mask 4-D with each extent 1 or full, bool | q.dtype | float32;
     # alibi_slopes (1 | B, H), sinks (H,) and lse (B, H, Nq) in the accumulation dtype; rng_state int64 (2,) = (seed, offset), CPU.
@@ -65,11 +67,6 @@ SCHEMAS = {
     # x (B, H, N, D); cos, sin (1 | B, N, R/2) in the accumulation dtype; conjugate rotates back (the gradient).
     "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool conjugate) -> Tensor",
 }
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and accumulators: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def attention_output_like(q: Tensor, head_dim_v: int) -> Tensor:

@@ -128,6 +128,11 @@ def _no_triton(device: torch.device) -> str | None:
     return f"the tensors are on {device.type} and Triton compiles for GPUs (TRITON_INTERPRET=1 runs it on CPU tensors)"
 
 
+def triton_dtype(dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels do not take tensors of ``dtype``, or None: the same for every operation."""
+    return "float64 (Triton kernels accumulate in float32)" if dtype == torch.float64 else None
+
+
 def _no_cpu(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}"

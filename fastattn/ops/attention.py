@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
-from fastattn.ops._library import accumulation_dtype
-from fastattn.ops._select import choose
+from fastattn.ops._select import choose, triton_dtype
 from fastattn.reference.attention import masked_attention
+from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -264,11 +264,9 @@ def _attend(
 
 
 def _triton_why_not(q: Tensor, v: Tensor) -> str | None:
-    if q.dtype == torch.float64:
-        return "float64 (Triton kernels accumulate in float32)"
     if max(q.shape[3], v.shape[3]) > 256:
         return f"head_dim {max(q.shape[3], v.shape[3])} is over 256"
-    return None
+    return triton_dtype(q.dtype)
 
 
 def _as_4d(x: Tensor) -> Tensor:

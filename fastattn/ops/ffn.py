@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
-from fastattn.ops._select import choose
+from fastattn.ops._select import choose, triton_dtype
 from fastattn.reference.ffn import ACTIVATIONS, GATED_ACTIVATIONS, ffn_rows
 
 __all__ = ["ffn", "glu_ffn"]
@@ -182,7 +182,7 @@ def _feed_forward(
     tensors = _validate.autocast(x.device.type, *tensors)
     x = _check(names, tensors, gated=op == "glu_ffn")
     _validate.dropout(options.dropout_p)
-    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(x)}
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_dtype(x.dtype)}
     chosen = choose(op, implementation, x.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
 
@@ -198,10 +198,6 @@ def _feed_forward(
         else:
             out, _, _ = _operator(triton, "forward")(*dense, *options, rng_state, False)
     return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def _triton_why_not(x: Tensor) -> str | None:
-    return "float64 (Triton kernels accumulate in float32)" if x.dtype == torch.float64 else None
 
 
 def _check(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], gated: bool) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
-from fastattn.ops._select import choose
+from fastattn.ops._select import choose, triton_dtype
 from fastattn.reference.norm import default_eps, norm_rows
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -216,7 +216,7 @@ def _norm(
     options: _Options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     shape = _check(x, normalized_shape, weight, bias, residual, options)
-    why_not = {"cuda": lambda: None, "cpu": lambda: None, "triton": lambda: _triton_why_not(x)}
+    why_not = {"cuda": lambda: None, "cpu": lambda: None, "triton": lambda: triton_dtype(x.dtype)}
     chosen = choose(op, implementation, x.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
 
@@ -245,10 +245,6 @@ def _norm(
     if not return_residual:
         return y
     return y, x if residual is None and options.dropout_p == 0 else h
-
-
-def _triton_why_not(x: Tensor) -> str | None:
-    return "float64 (Triton kernels accumulate in float32)" if x.dtype == torch.float64 else None
 
 
 def _check(

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import forward_mode, wants_gradient
-from fastattn.ops._library import accumulation_dtype
 from fastattn.ops._select import choose
+from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["rope"]
 

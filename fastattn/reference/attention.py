@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.reference.philox import attention_dropout
+from fastattn.reference.precision import accumulation_dtype
 
 
 def visible(
@@ -90,7 +91,7 @@ def masked_attention(
     over the visible j. A row that sees no key gives zeros, lse = -inf and zero gradients. Keys that no row of a head sees are
     never read, so NaN in them reaches nothing.
     """
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(q.dtype)
     batch, heads, rows, _ = q.shape
     columns = k.shape[2]
     groups = heads // k.shape[1] if k.shape[1] else 1

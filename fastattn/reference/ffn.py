@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.reference.philox import matrix_dropout
+from fastattn.reference.precision import accumulation_dtype
 
 #: Position = the integer that the operators take.
 ACTIVATIONS: tuple[str, ...] = ("relu", "gelu", "gelu_tanh", "silu")
@@ -98,7 +98,7 @@ def ffn_rows(
     hidden = act(pre) if w_gate is None else act(F.linear(x, w_gate, b_gate)) * pre
     if dropout_p > 0:
         assert rng_state is not None
-        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        accumulate = accumulation_dtype(x.dtype)
         factors = matrix_dropout(hidden.shape, dropout_p, rng_state, x.device).to(accumulate)
         hidden = (hidden.to(accumulate) * factors).to(x.dtype)
     return F.linear(hidden, w_out, b_out)

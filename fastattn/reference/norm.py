@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from fastattn.reference.philox import matrix_dropout
+from fastattn.reference.precision import accumulation_dtype
 
 
 def default_eps(dtype: torch.dtype) -> float:
     """What ``F.rms_norm(eps=None)`` uses: the epsilon of the dtype it computes in, float32 for 16-bit inputs."""
-    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    return torch.finfo(accumulation_dtype(dtype)).eps
 
 
 def layer_norm(
@@ -85,7 +86,7 @@ def norm_rows(
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The operator's form on (M, N) rows: (y, h). h is rounded to x.dtype; the norm is taken of the rounded h."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(x.dtype)
     h = x.to(accumulate)
     if dropout_p > 0:
         assert rng_state is not None

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn.ops._library import accumulation_dtype
 from fastattn.reference.norm import norm_rows
 from fastattn.reference.philox import matrix_dropout
+from fastattn.reference.precision import accumulation_dtype
 from tests.tolerance import assert_accurate
 
 ROOT = Path(__file__).resolve().parents[2]
