@@ -50,7 +50,7 @@ Isa detect() {
   const unsigned long long state = xcr0();
 
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
-  const bool avx2 = ymm && fma && f16c && bit(features_b, 5);
+  const bool avx2 = ymm && fma && f16c && bit(features_b, 5) && bit(features_b, 8);  // and BMI2
   if (!avx2) return Isa::kScalar;
   // F, DQ, BW, VL: Skylake-SP. VBMI is Ice Lake's and is not required.
   const bool avx512 = zmm && bit(features_b, 16) && bit(features_b, 17) && bit(features_b, 30) && bit(features_b, 31);
