@@ -11,10 +11,10 @@
 template <class S>
 class AttentionBackward {
  public:
-  using T = GemmOperand<S>;
+  using G = GemmOf<S>;
+  using T = typename G::T;
   using A = Acc<S>;
   using V = Vec<A>;
-  using G = Gemm<T>;
   static constexpr bool kCoarse = sizeof(S) == 2;
   static constexpr int64_t kTile = kAttentionKeys * kAttentionQueries;
 
@@ -35,8 +35,8 @@ class AttentionBackward {
         mask_(scratch.take<A>(p.mask != nullptr ? kTile : 0)),
         cap_slope_(scratch.take<A>(p.softcap > 0 ? kTile : 0)),
         drop_(scratch.take<float>(p.dropout.threshold != 0 ? kTile : 0)),
-        p_rows_(scratch.take<T>(kTile)),
-        ds_rows_(scratch.take<T>(kTile)),
+        p_rows_(scratch.take<T>(kTile * G::kParts)),
+        ds_rows_(scratch.take<T>(kTile * G::kParts)),
         ds_packed_(scratch.take<T>(G::packed_size(kAttentionKeys, kAttentionQueries))),
         dq_(scratch.take<A>(p.head_dim * kAttentionQueries)),
         dk_(scratch.take<A>(accumulated_keys() * p.head_dim)),
@@ -231,17 +231,19 @@ class AttentionBackward {
       score_gradients<false>(block, static_cast<A>(p_.scale) * kLogUnit<A>);
     }
     if (for_keys_) {
-      G::multiply(p_rows_, block.lanes, dout_, block.keys, p_.head_dim_v, block.rows,
+      G::multiply(p_rows_, block.lanes * G::kParts, dout_, block.keys, p_.head_dim_v, block.rows,
                   dv_ + (block.key - first_key_) * p_.head_dim_v, p_.head_dim_v, true);
-      G::multiply(ds_rows_, block.lanes, q_, block.keys, p_.head_dim, block.rows,
+      G::multiply(ds_rows_, block.lanes * G::kParts, q_, block.keys, p_.head_dim, block.rows,
                   dk_ + (block.key - first_key_) * p_.head_dim, p_.head_dim, true);
     }
     if (for_queries_) {
       const T* keys = keys_transposed_.columns(block.key);
-      G::multiply(keys, kAttentionKeys, ds_packed_, p_.head_dim, block.lanes, block.keys, dq_, block.lanes, true);
+      G::multiply(keys, keys_transposed_.ld(), ds_packed_, p_.head_dim, block.lanes, block.keys, dq_, block.lanes,
+                  true);
       if (keys_transposed_.has_special(block.key)) {
-        keys_transposed_.add_special(
-            block, dq_, [&](int64_t j, int64_t c) { return to_acc(ds_packed_[packed_index<T>(j, c, block.keys)]); });
+        keys_transposed_.add_special(block, dq_, [&](int64_t j, int64_t c) {
+          return G::packed_value(ds_packed_ + G::packed_index(j, c, block.keys), block.keys);
+        });
       }
     }
     return true;
@@ -251,7 +253,7 @@ class AttentionBackward {
   template <bool kFeatures>
   void score_gradients(const ScoreBlock& block, A unit) {
     constexpr int kVectors = G::kNr / V::kLanes;
-    const int64_t lanes = block.lanes;
+    const int64_t lanes = block.lanes, ld = lanes * G::kParts;
     for (int64_t c = 0; c < lanes; c += G::kNr) {
       V lse[kVectors], delta[kVectors], slope_sum[kVectors];
       for (int v = 0; v < kVectors; ++v) {
@@ -259,7 +261,7 @@ class AttentionBackward {
         delta[v] = V::load(delta_ + c + v * V::kLanes);
         slope_sum[v] = V::load(slope_sum_ + c + v * V::kLanes);
       }
-      T* panel = ds_packed_ + packed_index<T>(0, c, block.keys);
+      T* panel = ds_packed_ + G::packed_index(0, c, block.keys);
       for (int64_t j = 0; j < block.keys; j += G::kStep) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
@@ -275,15 +277,16 @@ class AttentionBackward {
             } else {
               ds[step] = p * (V::load(dp_ + at) - delta[v]);
             }
-            p.store(p_rows_ + at);
-            ds[step].store(ds_rows_ + at);
+            const int64_t to = (j + step) * ld + column;
+            G::store_row(p, p_rows_ + to, ld);
+            G::store_row(ds[step], ds_rows_ + to, ld);
           }
-          store_packed(ds, panel + j * G::kNr + v * V::kLanes * G::kStep);
+          G::store_packed(ds, panel + j * G::kNr + v * V::kLanes * G::kStep, block.keys);
         }
       }
       for (int v = 0; v < kVectors; ++v) slope_sum[v].store(slope_sum_ + c + v * V::kLanes);
     }
-    zero_packed_tail(ds_packed_, block.keys, lanes);
+    G::zero_packed_tail(ds_packed_, block.keys, lanes);
   }
 
   // dS of one vector of lanes under dropout, masks, ALiBi and softcap; *p becomes the dropped-out probability without

@@ -11,10 +11,10 @@
 template <class S>
 class AttentionForward {
  public:
-  using T = GemmOperand<S>;
+  using G = GemmOf<S>;
+  using T = typename G::T;
   using A = Acc<S>;
   using V = Vec<A>;
-  using G = Gemm<T>;
   static constexpr bool kCoarse = sizeof(S) == 2;
 
   AttentionForward(const AttentionParams& p, ScratchCursor& scratch)
@@ -83,11 +83,11 @@ class AttentionForward {
       softmax<false>(block, unit, first);
     }
     const T* values = values_.columns(block.key);
-    G::multiply(values, kAttentionKeys, probabilities_, p_.head_dim_v, block.lanes, block.keys, o_, block.lanes,
-                !first);
+    G::multiply(values, values_.ld(), probabilities_, p_.head_dim_v, block.lanes, block.keys, o_, block.lanes, !first);
     if (values_.has_special(block.key)) {
-      values_.add_special(
-          block, o_, [&](int64_t j, int64_t c) { return to_acc(probabilities_[packed_index<T>(j, c, block.keys)]); });
+      values_.add_special(block, o_, [&](int64_t j, int64_t c) {
+        return G::packed_value(probabilities_ + G::packed_index(j, c, block.keys), block.keys);
+      });
     }
     return true;
   }
@@ -104,7 +104,7 @@ class AttentionForward {
         m[v] = raise_maximum(m[v] * V(unit), c + v * V::kLanes, lanes, first);
         sum[v] = V::zero();
       }
-      T* panel = probabilities_ + packed_index<T>(0, c, block.keys);
+      T* panel = probabilities_ + G::packed_index(0, c, block.keys);
       for (int64_t j = 0; j < block.keys; j += G::kStep) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
@@ -118,7 +118,7 @@ class AttentionForward {
             sum[v] = sum[v] + row[step];
             if constexpr (kDropout) row[step] = row[step] * V::load(drop_ + at);
           }
-          store_packed(row, panel + j * G::kNr + v * V::kLanes * G::kStep);
+          G::store_packed(row, panel + j * G::kNr + v * V::kLanes * G::kStep, block.keys);
         }
       }
       for (int v = 0; v < kVectors; ++v) {
@@ -126,7 +126,7 @@ class AttentionForward {
         (V::load(l) + sum[v]).store(l);
       }
     }
-    zero_packed_tail(probabilities_, block.keys, lanes);
+    G::zero_packed_tail(probabilities_, block.keys, lanes);
   }
 
   template <int kVectors>

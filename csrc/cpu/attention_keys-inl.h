@@ -24,52 +24,50 @@ inline bool rows_are_finite(const S* rows, int64_t ld, int64_t count, int64_t ch
   return reduce_add(sum) == A(0);
 }
 
-// The rows of a (count, channels) matrix as the A operand of a product: in place, or widened where the ISA multiplies
-// in a wider type.
+// The rows of a (count, channels) matrix as the A operand of a product: in place, or converted where the ISA multiplies
+// in another type.
 template <class S>
 class OperandRows {
  public:
-  using T = GemmOperand<S>;
+  using G = GemmOf<S>;
+  using T = typename G::T;
   static constexpr bool kInPlace = std::is_same_v<S, T>;
 
   OperandRows(ScratchCursor& scratch, int64_t count, int64_t channels)
       : count_(count),
+        ld_converted_(round_up(channels, G::kDepth) * G::kParts),
         channels_(channels),
         ready_(scratch.take<bool>(kInPlace ? 0 : count / kAttentionKeys + 1)),
-        widened_(scratch.take<T>(kInPlace ? 0 : count * channels)) {}
+        converted_(scratch.take<T>(kInPlace ? 0 : count * ld_converted_)) {}
 
   void reset(const S* rows, int64_t ld) {
     rows_ = rows, ld_ = ld;
     if constexpr (!kInPlace) std::fill(ready_, ready_ + count_ / kAttentionKeys + 1, false);
   }
-  int64_t ld() const { return kInPlace ? ld_ : channels_; }
+  int64_t ld() const { return kInPlace ? ld_ : ld_converted_; }
   const T* row(int64_t r) {
     if constexpr (kInPlace) {
       return rows_ + r * ld_;
     } else {
       const int64_t block = r / kAttentionKeys;
-      if (!ready_[block]) widen(block);
-      return widened_ + r * channels_;
+      if (!ready_[block]) convert(block);
+      return converted_ + r * ld_converted_;
     }
   }
 
  private:
-  void widen(int64_t block) {
-    using V = Vec<T>;
+  void convert(int64_t block) {
     const int64_t end = std::min(count_, (block + 1) * kAttentionKeys);
     for (int64_t r = block * kAttentionKeys; r < end; ++r) {
-      T* to = widened_ + r * channels_;
-      int64_t d = 0;
-      for (; d + V::kLanes <= channels_; d += V::kLanes) V::load(rows_ + r * ld_ + d).store(to + d);
-      if (d < channels_) V::load_n(rows_ + r * ld_ + d, channels_ - d).store_n(to + d, channels_ - d);
+      G::convert_row(rows_ + r * ld_, channels_, converted_ + r * ld_converted_, ld_converted_);
     }
     ready_[block] = true;
   }
 
-  int64_t count_, channels_, ld_ = 0;
+  int64_t count_, ld_converted_, channels_, ld_ = 0;
   const S* rows_ = nullptr;
   bool* ready_;
-  T* widened_;
+  T* converted_;
 };
 
 // The transpose of the same matrix, in blocks (channels, kAttentionKeys). A row with an inf or NaN is set to zero and
@@ -77,7 +75,8 @@ class OperandRows {
 template <class S>
 class TransposedRows {
  public:
-  using T = GemmOperand<S>;
+  using G = GemmOf<S>;
+  using T = typename G::T;
   using A = Acc<S>;
 
   TransposedRows(ScratchCursor& scratch, int64_t count, int64_t channels)
@@ -85,18 +84,18 @@ class TransposedRows {
         channels_(channels),
         blocks_((count + kAttentionKeys - 1) / kAttentionKeys),
         state_(scratch.take<uint8_t>(blocks_)),
-        data_(scratch.take<T>(blocks_ * kAttentionKeys * channels)) {}
+        data_(scratch.take<T>(blocks_ * channels * ld())) {}
 
   void reset(const S* rows, int64_t ld) {
     rows_ = rows, ld_ = ld;
     std::fill(state_, state_ + blocks_, kEmpty);
   }
-  // A operand (channels, keys) starting at key r, which with its successors lies in one block; row stride
-  // kAttentionKeys.
+  int64_t ld() const { return kAttentionKeys * G::kParts; }
+  // A operand (channels, keys) starting at key r, which with its successors lies in one block.
   const T* columns(int64_t r) {
     const int64_t block = r / kAttentionKeys;
     if (state_[block] == kEmpty) fill(block);
-    return data_ + block * kAttentionKeys * channels_ + r % kAttentionKeys;
+    return data_ + block * channels_ * ld() + r % kAttentionKeys;
   }
   bool has_special(int64_t r) const { return state_[r / kAttentionKeys] == kSpecial; }
 
@@ -121,7 +120,7 @@ class TransposedRows {
   void fill(int64_t block) {
     const int64_t begin = block * kAttentionKeys, count = std::min(kAttentionKeys, count_ - begin);
     const S* rows = rows_ + begin * ld_;
-    T* data = data_ + begin * channels_;
+    T* data = data_ + block * channels_ * ld();
     transpose_block(rows, ld_, count, channels_, data, kAttentionKeys);
     state_[block] = kReady;
     if (rows_are_finite(rows, ld_, count, channels_)) return;
@@ -137,35 +136,3 @@ class TransposedRows {
   uint8_t* state_;
   T* data_;
 };
-
-// Where S^T[key][lane] lies in the packed B operand of a product over `keys` keys.
-template <class T>
-inline int64_t packed_index(int64_t key, int64_t lane, int64_t keys) {
-  using G = Gemm<T>;
-  return lane / G::kNr * G::kNr * round_up(keys, G::kDepth) + key / G::kStep * G::kNr * G::kStep +
-         lane % G::kNr * G::kStep + key % G::kStep;
-}
-
-// Writes kStep consecutive keys of one vector of lanes into a packed panel.
-template <class A>
-inline void store_packed(const Vec<A> (&row)[1], A* to) {
-  row[0].store(to);
-}
-#if defined(FASTATTN_TARGET_AVX512_BF16)
-inline void store_packed(const VecF (&row)[2], BFloat16* to) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(row[1].v, row[0].v);
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
-}
-#endif
-
-// Padding of a packed panel beyond `keys`, which the product reads (kDepth > kStep: AMX).
-template <class T>
-inline void zero_packed_tail(T* packed, int64_t keys, int64_t lanes) {
-  using G = Gemm<T>;
-  const int64_t depth = round_up(keys, G::kDepth), done = round_up(keys, G::kStep);
-  if (depth == done) return;
-  for (int64_t c = 0; c < lanes; c += G::kNr)
-    std::fill_n(packed + c * depth + done * G::kNr, (depth - done) * G::kNr, T{});
-}

@@ -180,12 +180,47 @@ inline void pack_panel_transposed(const S* bt, int64_t ldb, int64_t K, int64_t c
   }
 }
 
-template <class T>
-struct Gemm {
-  using A = T;
-  static constexpr int kMr = kGemmRows, kNr = GemmOps<T>::kNr, kStep = 1, kDepth = 1;
+// The packed form of B above. A product may hold every number in kParts elements of T: part p of a packed element lies
+// p * part_stride(K) behind the first, and part p of an element of A (row stride lda) p * lda / kParts behind it.
+template <class Type, int Nr, int Step, int Depth, int Parts = 1>
+struct GemmLayout {
+  using T = Type;
+  static constexpr int kNr = Nr, kStep = Step, kDepth = Depth, kParts = Parts;
 
-  static int64_t packed_size(int64_t K, int64_t N) { return K * round_up(N, kNr); }
+  static int64_t part_stride(int64_t K) { return round_up(K, kDepth) * kNr; }
+  static int64_t packed_size(int64_t K, int64_t N) { return kParts * round_up(K, kDepth) * round_up(N, kNr); }
+  static int64_t packed_index(int64_t k, int64_t n, int64_t K) {
+    return n / kNr * kParts * part_stride(K) + k / kStep * kNr * kStep + n % kNr * kStep + k % kStep;
+  }
+  // Padding of packed panels beyond K, which the product reads (kDepth > kStep: AMX).
+  static void zero_packed_tail(T* packed, int64_t K, int64_t N) {
+    const int64_t done = round_up(K, kStep) * kNr, stride = part_stride(K);
+    if (stride == done) return;
+    for (int64_t part = 0; part < round_up(N, kNr) / kNr * kParts; ++part) {
+      std::fill_n(packed + part * stride + done, stride - done, T{});
+    }
+  }
+};
+
+template <class Type>
+struct Gemm : GemmLayout<Type, GemmOps<Type>::kNr, 1, 1> {
+  using T = Type;
+  using A = T;
+  static constexpr int kMr = kGemmRows, kNr = GemmOps<T>::kNr;
+
+  // kStep consecutive k of one vector of columns, `to` their place in a panel of depth K.
+  static void store_packed(const Vec<A> (&row)[1], T* to, int64_t /*K*/) { row[0].store(to); }
+  static A packed_value(const T* at, int64_t /*K*/) { return *at; }
+  // A vector of consecutive k of a row of A.
+  static void store_row(Vec<A> x, T* to, int64_t /*lda*/) { x.store(to); }
+  // A whole row of A from another storage type.
+  template <class S>
+  static void convert_row(const S* from, int64_t K, T* to, int64_t /*lda*/) {
+    constexpr int kLanes = Vec<A>::kLanes;
+    int64_t k = 0;
+    for (; k + kLanes <= K; k += kLanes) Vec<A>::load(from + k).store(to + k);
+    if (k < K) Vec<A>::load_n(from + k, K - k).store_n(to + k, K - k);
+  }
 
   template <class S>
   static void pack(const S* b, int64_t ldb, int64_t K, int64_t N, T* packed) {
@@ -280,12 +315,18 @@ constexpr int kGemmBFloat16Rows = kGemmRows, kGemmBFloat16Depth = 2;
 #endif
 
 template <>
-struct Gemm<BFloat16> {
-  using T = BFloat16;
+struct Gemm<BFloat16> : GemmLayout<BFloat16, GemmOpsBFloat16::kNr, 2, kGemmBFloat16Depth> {
   using A = float;
-  static constexpr int kMr = kGemmBFloat16Rows, kNr = GemmOpsBFloat16::kNr, kStep = 2, kDepth = kGemmBFloat16Depth;
+  static constexpr int kMr = kGemmBFloat16Rows;
 
-  static int64_t packed_size(int64_t K, int64_t N) { return round_up(K, kDepth) * round_up(N, kNr); }
+  static void store_packed(const VecF (&row)[2], T* to, int64_t /*K*/) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(row[1].v, row[0].v);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+  }
+  static A packed_value(const T* at, int64_t /*K*/) { return to_acc(*at); }
+  static void store_row(VecF x, T* to, int64_t /*lda*/) { x.store(to); }
 
   template <class S>
   static void pack(const S* b, int64_t ldb, int64_t K, int64_t N, T* packed) {
@@ -314,6 +355,10 @@ struct Gemm<BFloat16> {
 };
 
 #endif  // FASTATTN_TARGET_AVX512_BF16
+
+// The product for operands of storage type S.
+template <class S>
+using GemmOf = Gemm<GemmOperand<S>>;
 
 // GemmParams in params.h: pack B, convert A, multiply.
 template <class S>
