@@ -24,6 +24,8 @@ if "-m fastattn info" not in _command:
         from fastattn.ops import (
             Explanation,
             attention,
+            attention_varlen,
+            attention_with_kv_cache,
             explain,
             ffn,
             glu_ffn,
@@ -40,6 +42,8 @@ if "-m fastattn info" not in _command:
 __all__ = [
     "Explanation",
     "attention",
+    "attention_varlen",
+    "attention_with_kv_cache",
     "conversion_report",
     "convert",
     "explain",

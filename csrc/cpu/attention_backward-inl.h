@@ -53,13 +53,15 @@ class AttentionBackward {
           all_of_head(item);
           break;
         case AttentionStage::kQueries: {
-          const int64_t blocks = query_blocks();
-          query_block(item / blocks / p_.heads, item / blocks % p_.heads, item % blocks);
+          const auto [b, h, block] = block_item(p_, p_.heads, query_blocks(), item);
+          query_block(b, h, block);
           break;
         }
-        case AttentionStage::kKeys:
-          key_block(item);
+        case AttentionStage::kKeys: {
+          const auto [b, kv, block] = block_item(p_, p_.heads_kv, key_blocks(), item);
+          key_block(b, kv, block);
           break;
+        }
         case AttentionStage::kMask:
           mask_tile(item);
           break;
@@ -81,20 +83,23 @@ class AttentionBackward {
   void select_keys(int64_t b, int64_t kv) {
     if (cached_ == b * p_.heads_kv + kv) return;
     cached_ = b * p_.heads_kv + kv;
-    const S* k = static_cast<const S*>(p_.k) + b * p_.k_stride[0] + kv * p_.k_stride[1];
-    keys_.reset(k, p_.k_stride[2]);
-    if (for_queries_) keys_transposed_.reset(k, p_.k_stride[2]);
-    values_.reset(static_cast<const S*>(p_.v) + b * p_.v_stride[0] + kv * p_.v_stride[1], p_.v_stride[2]);
+    enter_sequence(p_, b);
+    const S* k = static_cast<const S*>(p_.k) + b * p_.k_stride[0] + kv * p_.k_stride[1] + p_.first_key * p_.k_stride[2];
+    const S* v = static_cast<const S*>(p_.v) + b * p_.v_stride[0] + kv * p_.v_stride[1] + p_.first_key * p_.v_stride[2];
+    keys_.reset(k, p_.k_stride[2], p_.keys);
+    if (for_queries_) keys_transposed_.reset(k, p_.k_stride[2], p_.keys);
+    values_.reset(v, p_.v_stride[2], p_.keys);
   }
 
   void all_of_head(int64_t item) {
     const int64_t b = item / p_.heads_kv, kv = item % p_.heads_kv;
+    select_keys(b, kv);
     first_key_ = 0;
     clear_keys(p_.keys);
     for (int64_t h = kv * group(); h < (kv + 1) * group(); ++h) {
       for (int64_t i = 0; i < query_blocks(); ++i) query_block(b, h, i);
     }
-    write_keys(item, p_.keys);
+    write_keys(b, kv, p_.keys);
   }
 
   void query_block(int64_t b, int64_t h, int64_t index) {
@@ -108,15 +113,15 @@ class AttentionBackward {
     }
     const V scale(static_cast<A>(p_.scale));
     for (int64_t i = 0; i < p_.head_dim * block.lanes; i += V::kLanes) (V::load(dq_ + i) * scale).store(dq_ + i);
-    const int64_t row = (b * p_.heads + h) * p_.rows + block.row;
+    const int64_t row = row_index(p_, b, h) + block.row;
     transpose_block(dq_, block.lanes, p_.head_dim, block.rows, static_cast<S*>(p_.dq) + row * p_.head_dim, p_.head_dim);
     if (p_.delta != nullptr) std::copy_n(delta_, block.rows, static_cast<A*>(p_.delta) + row);
     if (p_.slope_rows != nullptr) std::copy_n(slope_sum_, block.rows, static_cast<A*>(p_.slope_rows) + row);
   }
 
-  void key_block(int64_t item) {
-    const int64_t head = item / key_blocks(), b = head / p_.heads_kv, kv = head % p_.heads_kv;
-    first_key_ = item % key_blocks() * kAttentionKeys;
+  void key_block(int64_t b, int64_t kv, int64_t index) {
+    select_keys(b, kv);
+    first_key_ = index * kAttentionKeys;
     const int64_t end = std::min(p_.keys, first_key_ + kAttentionKeys);
     clear_keys(end - first_key_);
     for (int64_t h = kv * group(); h < (kv + 1) * group(); ++h) {
@@ -130,7 +135,7 @@ class AttentionBackward {
         pair(block);
       }
     }
-    write_keys(head, end - first_key_);
+    write_keys(b, kv, end - first_key_);
   }
 
   void clear_keys(int64_t count) {
@@ -138,8 +143,8 @@ class AttentionBackward {
     std::fill_n(dv_, count * p_.head_dim_v, A(0));
   }
 
-  void write_keys(int64_t head, int64_t count) {
-    const int64_t row = head * p_.keys + first_key_;
+  void write_keys(int64_t b, int64_t kv, int64_t count) {
+    const int64_t row = b * p_.key_stride[0] + kv * p_.key_stride[1] + p_.first_key + first_key_;
     write_rows(dk_, count * p_.head_dim, p_.scale, static_cast<S*>(p_.dk) + row * p_.head_dim);
     write_rows(dv_, count * p_.head_dim_v, p_.dropout_scale, static_cast<S*>(p_.dv) + row * p_.head_dim_v);
   }
@@ -159,10 +164,11 @@ class AttentionBackward {
     const int64_t row = index * kAttentionQueries;
     ScoreBlock block{b, h, row, std::min(kAttentionQueries, p_.rows - row), 0, 0, 0};
     block.lanes = round_up(block.rows, G::kNr);
-    const S* q = static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + row * p_.q_stride[2];
+    const int64_t at = p_.first_row + row;
+    const S* q = static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + at * p_.q_stride[2];
     const S* dout =
-        static_cast<const S*>(p_.dout) + b * p_.dout_stride[0] + h * p_.dout_stride[1] + row * p_.dout_stride[2];
-    const S* out = static_cast<const S*>(p_.out) + b * p_.out_stride[0] + h * p_.out_stride[1] + row * p_.out_stride[2];
+        static_cast<const S*>(p_.dout) + b * p_.dout_stride[0] + h * p_.dout_stride[1] + at * p_.dout_stride[2];
+    const S* out = static_cast<const S*>(p_.out) + b * p_.out_stride[0] + h * p_.out_stride[1] + at * p_.out_stride[2];
     int64_t ld_q = p_.q_stride[2], ld_dout = p_.dout_stride[2];
     if (statistics(block, dout, out)) {
       S* staged = staged_ + kAttentionQueries * p_.head_dim;
@@ -182,7 +188,7 @@ class AttentionBackward {
   // Returns whether some row saw nothing.
   bool statistics(const ScoreBlock& block, const S* dout, const S* out) {
     constexpr A kInf = std::numeric_limits<A>::infinity();
-    const int64_t row = (block.batch * p_.heads + block.head) * p_.rows + block.row;
+    const int64_t row = row_index(p_, block.batch, block.head) + block.row;
     const A *lse = static_cast<const A*>(p_.lse) + row, *dlse = static_cast<const A*>(p_.dlse) + row;
     bool hidden = false;
     std::fill_n(lse_, block.lanes, kInf);
@@ -313,15 +319,17 @@ class AttentionBackward {
   // blocks, then within the tile.
   void mask_tile(int64_t item) {
     const int64_t* extent = p_.mask_extent;
-    const int64_t tiles_q = extent[2] == 1 ? 1 : query_blocks(), tiles_k = extent[3] == 1 ? 1 : key_blocks();
+    const int64_t tiles_q = (extent[2] + kAttentionQueries - 1) / kAttentionQueries;
+    const int64_t tiles_k = (extent[3] + kAttentionKeys - 1) / kAttentionKeys;
     const int64_t tk = item % tiles_k, tq = item / tiles_k % tiles_q, head = item / tiles_k / tiles_q;
     const int64_t mh = head % extent[1], mb = head / extent[1];
     const Range batches = extent[0] == 1 ? Range{0, p_.batch} : Range{mb, mb + 1};
     const Range heads = extent[1] == 1 ? Range{0, p_.heads} : Range{mh, mh + 1};
-    const Range rows = extent[2] == 1 ? Range{0, query_blocks()} : Range{tq, tq + 1};
-    const Range keys = extent[3] == 1 ? Range{0, key_blocks()} : Range{tk, tk + 1};
     std::fill_n(mask_sum_, kTile, A(0));
     for (int64_t b = batches.begin; b < batches.end; ++b) {
+      enter_sequence(p_, b);
+      const Range rows = extent[2] == 1 ? Range{0, query_blocks()} : Range{tq, std::min(tq + 1, query_blocks())};
+      const Range keys = extent[3] == 1 ? Range{0, key_blocks()} : Range{tk, tk + 1};
       for (int64_t h = heads.begin; h < heads.end; ++h) {
         for (int64_t i = rows.begin; i < rows.end; ++i) {
           ScoreBlock block = prepare_queries(b, h, i);
@@ -376,7 +384,8 @@ class AttentionBackward {
   void finish_head(int64_t h) {
     double sink_sum = 0, slope_sum = 0;
     for (int64_t b = 0; b < p_.batch; ++b) {
-      const int64_t row = (b * p_.heads + h) * p_.rows;
+      enter_sequence(p_, b);
+      const int64_t row = row_index(p_, b, h);
       const A* lse = static_cast<const A*>(p_.lse) + row;
       for (int64_t i = 0; p_.dsinks != nullptr && i < p_.rows; ++i) {
         if (lse[i] == -std::numeric_limits<A>::infinity()) continue;
@@ -391,7 +400,7 @@ class AttentionBackward {
     if (p_.dsinks != nullptr) static_cast<A*>(p_.dsinks)[h] = static_cast<A>(sink_sum);
   }
 
-  const AttentionBackwardParams& p_;
+  AttentionBackwardParams p_;  // with the extents of the sequence at hand
   const bool for_queries_, for_keys_;
   OperandRows<S> keys_, values_;
   TransposedRows<S> keys_transposed_;

@@ -51,53 +51,83 @@ class AttentionDecode {
  public:
   using A = Acc<S>;
   using V = Vec<A>;
+  static constexpr int64_t kRowScores = kDecodeKeys + V::kLanes;  // room for whole vectors from any key on
 
   AttentionDecode(const AttentionParams& p, ScratchCursor& scratch)
       : p_(p),
         group_(p.heads_kv > 0 ? p.heads / p.heads_kv : 0),
+        rows_(p.rows),
         parts_((p.keys + kDecodeKeys - 1) / kDecodeKeys),
         ld_q_(round_up(p.head_dim, V::kLanes)),
         q_(scratch.take<A>(group_ * p.rows * ld_q_)),
-        s_(scratch.take<A>(group_ * p.rows * kDecodeKeys)),
+        s_(scratch.take<A>(group_ * p.rows * kRowScores)),
         mask_(scratch.take<A>(kDecodeKeys + V::kLanes)),
         o_(scratch.take<A>(round_up(p.head_dim_v, V::kLanes))) {}
 
   void run(Range range) {
     for (int64_t item = range.begin; item < range.end; ++item) {
       if (p_.merge) {
-        merge_row(item);
+        const auto [b, h, i] = block_item(p_, p_.heads, rows_, item);
+        enter_sequence(p_, b);
+        merge_row(b, h, i);
       } else {
-        part(item / parts_ / p_.heads_kv, item / parts_ % p_.heads_kv, item % parts_);
+        const auto [b, kv, index] = block_item(p_, p_.heads_kv, parts_, item);
+        enter_sequence(p_, b);
+        part(b, kv, index);
       }
     }
   }
 
  private:
+  A* record(int64_t b, int64_t h, int64_t i) const {
+    return static_cast<A*>(p_.partial) + ((b * p_.heads + h) * rows_ + i) * parts_ * (p_.head_dim_v + 2);
+  }
+
+  // Calls f(first, row, n) for runs of keys [key + first, key + first + n) that lie one stride apart from `row` on.
+  template <class F>
+  void runs(const void* data, const int64_t (&stride)[3], int64_t b, int64_t kv, int64_t key, int64_t count,
+            const F& f) const {
+    const S* from = static_cast<const S*>(data) + kv * stride[1];
+    if (p_.block_table == nullptr) {
+      f(0, from + b * stride[0] + (p_.first_key + key) * stride[2], count);
+      return;
+    }
+    for (int64_t j = 0; j < count;) {
+      const int64_t page = p_.block_table[b * p_.max_pages + (key + j) / p_.page_size];
+      const int64_t row = (key + j) % p_.page_size, n = std::min(count - j, p_.page_size - row);
+      f(j, from + page * stride[0] + row * stride[2], n);
+      j += n;
+    }
+  }
+
   void part(int64_t b, int64_t kv, int64_t index) {
     const int64_t key = index * kDecodeKeys, count = std::min(kDecodeKeys, p_.keys - key), rows = group_ * p_.rows;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = kv * group_ + r / p_.rows, i = r % p_.rows;
-      const S* q = static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + i * p_.q_stride[2];
+      const S* q =
+          static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + (p_.first_row + i) * p_.q_stride[2];
       for (int64_t d = 0; d < ld_q_; d += V::kLanes) {
         V::load_n(q + d, std::min<int64_t>(V::kLanes, p_.head_dim - d)).store(q_ + r * ld_q_ + d);
       }
     }
-    const S* k = static_cast<const S*>(p_.k) + b * p_.k_stride[0] + kv * p_.k_stride[1] + key * p_.k_stride[2];
-    for (int64_t j = 0; j < count; j += V::kLanes) {
-      for (int64_t r = 0; r < rows; ++r) {
-        dot_keys(k + j * p_.k_stride[2], p_.k_stride[2], std::min<int64_t>(V::kLanes, count - j), p_.head_dim,
-                 q_ + r * ld_q_, s_ + r * kDecodeKeys + j);
+    runs(p_.k, p_.k_stride, b, kv, key, count, [&](int64_t first, const S* k, int64_t n) {
+      for (int64_t j = 0; j < n; j += V::kLanes) {
+        for (int64_t r = 0; r < rows; ++r) {
+          dot_keys(k + j * p_.k_stride[2], p_.k_stride[2], std::min<int64_t>(V::kLanes, n - j), p_.head_dim,
+                   q_ + r * ld_q_, s_ + r * kRowScores + first + j);
+        }
       }
-    }
-    const S* v = static_cast<const S*>(p_.v) + b * p_.v_stride[0] + kv * p_.v_stride[1] + key * p_.v_stride[2];
+    });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = kv * group_ + r / p_.rows, i = r % p_.rows;
-      A* record =
-          static_cast<A*>(p_.partial) + (((b * p_.heads + h) * p_.rows + i) * parts_ + index) * (p_.head_dim_v + 2);
-      A* s = s_ + r * kDecodeKeys;
+      A* sums = record(b, h, i) + index * (p_.head_dim_v + 2);
+      A* s = s_ + r * kRowScores;
       finish_row(b, h, i, key, count, s);
-      softmax_row(count, s, record);
-      for (int64_t d = 0; d < p_.head_dim_v; d += 8 * V::kLanes) weigh_values(v, count, s, d, record + 2);
+      softmax_row(count, s, sums);
+      std::fill_n(sums + 2, p_.head_dim_v, A(0));
+      runs(p_.v, p_.v_stride, b, kv, key, count, [&](int64_t first, const S* v, int64_t n) {
+        for (int64_t d = 0; d < p_.head_dim_v; d += 8 * V::kLanes) weigh_values(v, n, s + first, d, sums + 2);
+      });
     }
   }
 
@@ -141,12 +171,15 @@ class AttentionDecode {
     record[0] = m, record[1] = reduce_add(sum);
   }
 
-  // o[channel .. channel + 8 vectors) = sum_j s_j v_j over the keys with a probability.
+  // o[channel .. channel + 8 vectors) += sum_j s_j v_j over the keys with a probability.
   void weigh_values(const S* v, int64_t count, const A* s, int64_t channel, A* o) {
     const int64_t left = p_.head_dim_v - channel;
     V sum[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) sum[i] = V::zero();
+    for (int i = 0; i < 8; ++i) {
+      const int64_t n = std::min<int64_t>(V::kLanes, left - i * V::kLanes);
+      sum[i] = n > 0 ? V::load_n(o + channel + i * V::kLanes, n) : V::zero();
+    }
     for (int64_t j = 0; j < count; ++j) {
       if (s[j] == A(0)) continue;
       const S* row = v + j * p_.v_stride[2] + channel;
@@ -172,38 +205,38 @@ class AttentionDecode {
     }
   }
 
-  void merge_row(int64_t item) {
+  void merge_row(int64_t b, int64_t h, int64_t i) {
     constexpr A kInf = std::numeric_limits<A>::infinity();
-    const int64_t i = item % p_.rows, h = item / p_.rows % p_.heads, b = item / p_.rows / p_.heads;
-    const int64_t size = p_.head_dim_v + 2;
-    const A* record = static_cast<const A*>(p_.partial) + item * parts_ * size;
+    const int64_t size = p_.head_dim_v + 2, parts = (p_.keys + kDecodeKeys - 1) / kDecodeKeys;
+    const A* sums = record(b, h, i);
     const A sink = p_.sinks != nullptr ? static_cast<const A*>(p_.sinks)[h] * kLogUnit<A> : -kInf;
     A m = sink;
-    for (int64_t part = 0; part < parts_; ++part) m = std::max(m, record[part * size]);
+    for (int64_t part = 0; part < parts; ++part) m = std::max(m, sums[part * size]);
     const A shift = m == -kInf ? A(0) : m;
     A l = exp_of(sink - shift);
     std::fill_n(o_, p_.head_dim_v, A(0));
-    for (int64_t part = 0; part < parts_; ++part, record += size) {
-      if (record[1] == A(0)) continue;
-      const A factor = exp_of(record[0] - shift);
-      l += factor * record[1];
+    for (int64_t part = 0; part < parts; ++part, sums += size) {
+      if (sums[1] == A(0)) continue;
+      const A factor = exp_of(sums[0] - shift);
+      l += factor * sums[1];
       for (int64_t d = 0; d < p_.head_dim_v; d += V::kLanes) {
         const int64_t n = std::min<int64_t>(V::kLanes, p_.head_dim_v - d);
-        fma(V(factor), V::load_n(record + 2 + d, n), V::load(o_ + d)).store(o_ + d);
+        fma(V(factor), V::load_n(sums + 2 + d, n), V::load(o_ + d)).store(o_ + d);
       }
     }
     const V inverse(l == A(0) ? A(0) : A(1) / l);
-    S* out = static_cast<S*>(p_.out) + b * p_.out_stride[0] + h * p_.out_stride[1] + i * p_.out_stride[2];
+    S* out =
+        static_cast<S*>(p_.out) + b * p_.out_stride[0] + h * p_.out_stride[1] + (p_.first_row + i) * p_.out_stride[2];
     for (int64_t d = 0; d < p_.head_dim_v; d += V::kLanes) {
       (V::load(o_ + d) * inverse).store_n(out + d, std::min<int64_t>(V::kLanes, p_.head_dim_v - d));
     }
-    static_cast<A*>(p_.lse)[item] = m / kLogUnit<A> + std::log(l);
+    static_cast<A*>(p_.lse)[row_index(p_, b, h) + i] = m / kLogUnit<A> + std::log(l);
   }
 
   static A exp_of(A x) { return reduce_max(exp_unit<false>(V(x))); }
 
-  const AttentionParams& p_;
-  const int64_t group_, parts_, ld_q_;
+  AttentionParams p_;                          // with the extents of the sequence at hand
+  const int64_t group_, rows_, parts_, ld_q_;  // rows_, parts_: of the longest sequence
   A *q_, *s_, *mask_, *o_;
 };
 

@@ -19,6 +19,8 @@ class AttentionForward {
 
   AttentionForward(const AttentionParams& p, ScratchCursor& scratch)
       : p_(p),
+        k_rows_(p, scratch, p.head_dim),
+        v_rows_(p, scratch, p.head_dim_v),
         keys_(scratch, p.keys, p.head_dim),
         values_(scratch, p.keys, p.head_dim_v),
         q_(scratch.take<T>(G::packed_size(p.head_dim, kAttentionQueries))),
@@ -34,14 +36,17 @@ class AttentionForward {
     const int64_t blocks = (p_.rows + kAttentionQueries - 1) / kAttentionQueries;
     int64_t cached = -1;
     for (int64_t item = range.begin; item < range.end; ++item) {
-      const int64_t h = item / blocks % p_.heads, b = item / blocks / p_.heads;
+      const auto [b, h, block] = block_item(p_, p_.heads, blocks, item);
       const int64_t kv = h / (p_.heads / p_.heads_kv);
       if (cached != b * p_.heads_kv + kv) {
         cached = b * p_.heads_kv + kv;
-        keys_.reset(static_cast<const S*>(p_.k) + b * p_.k_stride[0] + kv * p_.k_stride[1], p_.k_stride[2]);
-        values_.reset(static_cast<const S*>(p_.v) + b * p_.v_stride[0] + kv * p_.v_stride[1], p_.v_stride[2]);
+        enter_sequence(p_, b);
+        k_rows_.select(p_, p_.k, p_.k_stride, b, kv);
+        v_rows_.select(p_, p_.v, p_.v_stride, b, kv);
+        keys_.reset(k_rows_.rows(), k_rows_.ld(), p_.keys);
+        values_.reset(v_rows_.rows(), v_rows_.ld(), p_.keys);
       }
-      query_block(b, h, item % blocks * kAttentionQueries);
+      query_block(b, h, block * kAttentionQueries);
     }
   }
 
@@ -49,7 +54,8 @@ class AttentionForward {
   void query_block(int64_t b, int64_t h, int64_t row) {
     ScoreBlock block{b, h, row, std::min(kAttentionQueries, p_.rows - row), 0, 0, 0};
     block.lanes = round_up(block.rows, G::kNr);
-    const S* q = static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + row * p_.q_stride[2];
+    const S* q =
+        static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + (p_.first_row + row) * p_.q_stride[2];
     G::pack_transposed(q, p_.q_stride[2], p_.head_dim, block.rows, q_);
     // A sink is a score that has been seen and carries no value.
     const A sink = p_.sinks != nullptr ? static_cast<const A*>(p_.sinks)[h] * kLogUnit<A> : 0;
@@ -167,13 +173,14 @@ class AttentionForward {
       }
     }
     S* out = static_cast<S*>(p_.out) + block.batch * p_.out_stride[0] + block.head * p_.out_stride[1] +
-             block.row * p_.out_stride[2];
+             (p_.first_row + block.row) * p_.out_stride[2];
     transpose_block(o_, lanes, p_.head_dim_v, block.rows, out, p_.out_stride[2]);
-    A* lse = static_cast<A*>(p_.lse) + (block.batch * p_.heads + block.head) * p_.rows + block.row;
+    A* lse = static_cast<A*>(p_.lse) + row_index(p_, block.batch, block.head) + block.row;
     for (int64_t c = 0; c < block.rows; ++c) lse[c] = m_[c] / kLogUnit<A> + std::log(l_[c]);
   }
 
-  const AttentionParams& p_;
+  AttentionParams p_;  // with the extents of the sequence at hand
+  SequenceRows<S> k_rows_, v_rows_;
   OperandRows<S> keys_;
   TransposedRows<S> values_;
   T* q_;

@@ -40,8 +40,8 @@ class OperandRows {
         ready_(scratch.take<bool>(kInPlace ? 0 : count / kAttentionKeys + 1)),
         converted_(scratch.take<T>(kInPlace ? 0 : count * ld_converted_)) {}
 
-  void reset(const S* rows, int64_t ld) {
-    rows_ = rows, ld_ = ld;
+  void reset(const S* rows, int64_t ld, int64_t count) {
+    rows_ = rows, ld_ = ld, count_ = count;
     if constexpr (!kInPlace) std::fill(ready_, ready_ + count_ / kAttentionKeys + 1, false);
   }
   int64_t ld() const { return kInPlace ? ld_ : ld_converted_; }
@@ -70,6 +70,34 @@ class OperandRows {
   T* converted_;
 };
 
+// The keys or values of one (sequence, kv head) as a matrix: in place, or gathered where they lie in pages.
+template <class S>
+class SequenceRows {
+ public:
+  SequenceRows(const AttentionParams& p, ScratchCursor& scratch, int64_t channels)
+      : channels_(channels), gathered_(scratch.take<S>(p.block_table != nullptr ? p.keys * channels : 0)) {}
+
+  void select(const AttentionParams& p, const void* data, const int64_t (&stride)[3], int64_t b, int64_t kv) {
+    const S* from = static_cast<const S*>(data) + kv * stride[1];
+    if (p.block_table == nullptr) {
+      rows_ = from + b * stride[0] + p.first_key * stride[2], ld_ = stride[2];
+      return;
+    }
+    rows_ = gathered_, ld_ = channels_;
+    for (int64_t j = 0; j < p.keys; ++j) {
+      const int64_t page = p.block_table[b * p.max_pages + j / p.page_size];
+      std::copy_n(from + page * stride[0] + j % p.page_size * stride[2], channels_, gathered_ + j * channels_);
+    }
+  }
+  const S* rows() const { return rows_; }
+  int64_t ld() const { return ld_; }
+
+ private:
+  int64_t channels_, ld_ = 0;
+  const S* rows_ = nullptr;
+  S* gathered_;
+};
+
 // The transpose of the same matrix, in blocks (channels, kAttentionKeys). A row with an inf or NaN is set to zero and
 // reported by special(): its products with zero probabilities must not become NaN, so they are added one by one.
 template <class S>
@@ -86,8 +114,8 @@ class TransposedRows {
         state_(scratch.take<uint8_t>(blocks_)),
         data_(scratch.take<T>(blocks_ * channels * ld())) {}
 
-  void reset(const S* rows, int64_t ld) {
-    rows_ = rows, ld_ = ld;
+  void reset(const S* rows, int64_t ld, int64_t count) {
+    rows_ = rows, ld_ = ld, count_ = count;
     std::fill(state_, state_ + blocks_, kEmpty);
   }
   int64_t ld() const { return kAttentionKeys * G::kParts; }

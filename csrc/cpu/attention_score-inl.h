@@ -97,6 +97,31 @@ struct ScoreBlock {
   int64_t batch, head, row, rows, lanes, key, keys;
 };
 
+// The extents of sequence b, for everything that asks p for rows, keys and diagonal.
+inline void enter_sequence(AttentionParams& p, int64_t b) {
+  if (p.sequences == nullptr) return;
+  const Sequence& own = p.sequences[b];
+  p.rows = own.rows, p.keys = own.keys, p.diagonal = own.diagonal;
+  p.first_row = own.q_begin, p.first_key = own.k_begin;
+}
+
+// Where the values of row 0 of the sequence at hand lie in lse and its like.
+inline int64_t row_index(const AttentionParams& p, int64_t b, int64_t h) {
+  return b * p.row_stride[0] + h * p.row_stride[1] + p.first_row;
+}
+
+// A work item as (b, head, block): `blocks` of each head, or as many as p.items_before says.
+struct BlockItem {
+  int64_t batch, head, block;
+};
+inline BlockItem block_item(const AttentionParams& p, int64_t heads, int64_t blocks, int64_t item) {
+  const int64_t* before = p.items_before;
+  if (before == nullptr) return {item / blocks / heads, item / blocks % heads, item % blocks};
+  const int64_t b = std::upper_bound(before, before + p.batch + 1, item / heads) - before - 1;
+  const int64_t own = before[b + 1] - before[b], within = item - heads * before[b];
+  return {b, within / own, within % own};
+}
+
 // First and one past the last key visible to any of the rows [row, row + rows) by the window alone.
 inline Range visible_keys(const AttentionParams& p, int64_t row, int64_t rows) {
   Range keys{0, p.keys};

@@ -100,6 +100,12 @@ struct NormBackwardParams {
   Dropout dropout;
 };
 
+// One sequence of a call that has its own extents: rows [q_begin, q_begin + rows) and keys [k_begin, k_begin + keys) of
+// its batch entry. The layout is that of a row of the operators' `sequences`.
+struct Sequence {
+  int64_t q_begin, rows, k_begin, keys, diagonal;
+};
+
 // softmax(score) v with every feature of fastattn.attention; the formulas are in attention_score-inl.h. Tensors are
 // (batch, heads | heads_kv, rows | keys, channels) with unit last stride; strides below are of the first three extents.
 struct AttentionParams {
@@ -118,9 +124,20 @@ struct AttentionParams {
   double dropout_scale;  // 1 / (1 - p) in double
   void* out;             // (batch, heads, rows, head_dim_v)
   int64_t out_stride[3];
-  void* lse;      // (batch, heads, rows), contiguous, in the accumulation dtype
+  void* lse;              // (batch, heads, rows), contiguous, in the accumulation dtype
+  int64_t row_stride[2];  // of lse and of all else that has one value per row: batch, head
   void* partial;  // null, or for few rows (batch, heads, rows, key parts, 2 + head_dim_v): see attention_decode-inl.h
   bool merge;     // second half of such a call
+
+  // Null, or the extents of each of `batch` sequences; rows and keys are then the largest of any sequence, and the
+  // batch strides are 0 for tensors that hold the sequences one after the other in one batch entry.
+  const Sequence* sequences;
+  const int64_t* items_before;   // (batch + 1,) with sequences: work items per head in the sequences before each
+  int64_t first_row, first_key;  // q_begin and k_begin of the sequence at hand, 0 without
+  // Null, or (batch, max_pages): k and v are (pages, heads_kv, page_size, channels), and key j of sequence b is row
+  // j % page_size of page block_table[b * max_pages + j / page_size].
+  const int32_t* block_table;
+  int64_t max_pages, page_size;
 };
 
 // What one call of the backward kernel computes, and so what its work items are.
@@ -136,9 +153,10 @@ struct AttentionBackwardParams : AttentionParams {
   AttentionStage stage;
   const void* dout;
   int64_t dout_stride[3];
-  const void* dlse;    // null or like lse
-  void *dq, *dk, *dv;  // contiguous
-  void* dmask;         // null or contiguous, mask_extent[i] == 1 where the mask is broadcast
+  const void* dlse;       // null or like lse
+  void *dq, *dk, *dv;     // contiguous
+  int64_t key_stride[2];  // of dk and dv in keys: batch, kv head
+  void* dmask;            // null or contiguous, mask_extent[i] == 1 where the mask is broadcast
   int64_t mask_extent[4];
   void *dslopes, *dsinks;    // null or like slopes and sinks
   void *delta, *slope_rows;  // (batch, heads, rows) accumulators behind dsinks and dslopes

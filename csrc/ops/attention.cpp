@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <limits>
+#include <vector>
 
 #include "cpu/kernel_table.h"
 #include "ops/tensor.h"
@@ -10,7 +12,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   FASTATTN_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v are 4-D");
   FASTATTN_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                  "attention: q, k and v differ in dtype");
-  FASTATTN_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0), "attention: q, k and v differ in batch size");
+  FASTATTN_CHECK(k.size(0) == v.size(0), "attention: k and v differ in batch size");
   FASTATTN_CHECK(k.size(1) == v.size(1) && (q.size(1) == 0 || (k.size(1) > 0 && q.size(1) % k.size(1) == 0)),
                  "attention: the heads of q are no multiple of those of k and v");
   FASTATTN_CHECK(k.size(2) == v.size(2), "attention: k and v differ in length");
@@ -19,6 +21,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 // Up to this many rows a call is a decoding step: the rest has too few lanes to fill.
 constexpr int64_t kDecodeRows = 8;
+
+int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Last stride 1, as the kernels need; any other order of the rest is read in place.
 Tensor unit_last_stride(const Tensor& x) {
@@ -29,8 +33,65 @@ void set_strides(const Tensor& x, int64_t (&stride)[3]) {
   for (int i = 0; i < 3; ++i) stride[i] = x.stride(i);
 }
 
+// Every page that a sequence's keys lie in exists.
+void check_pages(const AttentionParams& p, int64_t pages) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence& own = p.sequences[b];
+    FASTATTN_CHECK(own.k_begin == 0 && own.keys <= p.max_pages * p.page_size,
+                   "attention: sequences: more keys than block_table has pages for");
+    const int32_t* page = p.block_table + b * p.max_pages;
+    for (int64_t i = 0; i * p.page_size < own.keys; ++i) {
+      FASTATTN_CHECK(page[i] >= 0 && page[i] < pages, "attention: block_table: a page index is out of range");
+    }
+  }
+}
+
+// Reads `sequences` into p: from here on a batch entry is a sequence, rows and keys are the largest of any.
+void set_sequences(AttentionParams& p, const Tensor& q, const Tensor& k, const OptionalTensor& sequences,
+                   const OptionalTensor& block_table) {
+  FASTATTN_CHECK(sequences.has_value() || !block_table.has_value(), "attention: block_table needs sequences");
+  if (!sequences.has_value()) {
+    FASTATTN_CHECK(k.size(0) == q.size(0), "attention: q, k and v differ in batch size");
+    return;
+  }
+  const Tensor& table = *sequences;
+  FASTATTN_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 && table.size(1) == 5 &&
+                     table.is_contiguous(),
+                 "attention: sequences is a contiguous int64 CPU tensor (sequences, 5)");
+  const int64_t count = table.size(0);
+  FASTATTN_CHECK(q.size(0) == count || q.size(0) == 1, "attention: sequences: q is batched by sequence or packed");
+  p.batch = count, p.rows = p.keys = 0;
+  p.sequences = static_cast<const Sequence*>(table.const_data_ptr());
+  if (q.size(0) == 1) p.q_stride[0] = p.row_stride[0] = 0;
+  int64_t capacity = k.size(2);
+  if (block_table.has_value()) {
+    FASTATTN_CHECK(block_table->is_cpu() && block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
+                       block_table->size(0) == count && block_table->is_contiguous() && k.size(2) > 0,
+                   "attention: block_table is a contiguous int32 CPU tensor (sequences, pages of each)");
+    p.block_table = block_table->const_data_ptr<int32_t>();
+    p.max_pages = block_table->size(1), p.page_size = k.size(2);
+    capacity *= p.max_pages;
+  } else {
+    FASTATTN_CHECK(k.size(0) == count || k.size(0) == 1, "attention: sequences: k is batched by sequence or packed");
+    if (k.size(0) == 1) p.k_stride[0] = p.v_stride[0] = 0;
+  }
+  for (int64_t b = 0; b < count; ++b) {
+    const Sequence& own = p.sequences[b];
+    FASTATTN_CHECK(own.q_begin >= 0 && own.rows >= 0 && own.rows <= q.size(2) - own.q_begin,
+                   "attention: sequences: rows outside q");
+    FASTATTN_CHECK(own.k_begin >= 0 && own.keys >= 0 && own.keys <= capacity - own.k_begin,
+                   "attention: sequences: keys outside k");
+    FASTATTN_CHECK(p.mask == nullptr || (q.size(0) == count && k.size(0) == count && own.q_begin == 0 &&
+                                         own.k_begin == 0 && p.block_table == nullptr),
+                   "attention: attn_mask with packed or paged sequences");
+    p.rows = std::max(p.rows, own.rows), p.keys = std::max(p.keys, own.keys);
+  }
+  if (p.block_table != nullptr) check_pages(p, k.size(0));
+}
+
 AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& attn_mask,
-                            const OptionalTensor& slopes, const OptionalTensor& sinks) {
+                            const OptionalTensor& slopes, const OptionalTensor& sinks, const OptionalTensor& sequences,
+                            const OptionalTensor& block_table) {
   check_inputs(q, k, v);
   AttentionParams p{};
   p.dtype = p.mask_dtype = dtype_of(q);
@@ -39,6 +100,7 @@ AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, c
   p.rows = q.size(2), p.keys = k.size(2), p.head_dim = q.size(3), p.head_dim_v = v.size(3);
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   set_strides(q, p.q_stride), set_strides(k, p.k_stride), set_strides(v, p.v_stride);
+  p.row_stride[0] = p.heads * p.rows, p.row_stride[1] = p.rows;
   const ScalarType accumulation = accumulation_type(q.scalar_type());
   if (attn_mask.has_value()) {
     const Tensor& mask = *attn_mask;
@@ -53,6 +115,7 @@ AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, c
     }
     p.mask = mask.const_data_ptr();
   }
+  set_sequences(p, q, k, sequences, block_table);
   if (slopes.has_value()) {
     FASTATTN_CHECK(slopes->dim() == 2 && (slopes->size(0) == 1 || slopes->size(0) == p.batch) &&
                        slopes->size(1) == p.heads && slopes->scalar_type() == accumulation && slopes->is_contiguous(),
@@ -77,39 +140,105 @@ void set_scalars(AttentionParams& p, double softmax_scale, int64_t window_left, 
   p.dropout_scale = 1 / (1 - std::max(dropout_p, 0.0));
 }
 
+// before[b] = work items per head in the sequences before b; empty without sequences.
+template <class Items>
+std::vector<int64_t> items_before(const AttentionParams& p, const Items& items) {
+  if (p.sequences == nullptr) return {};
+  std::vector<int64_t> before(p.batch + 1, 0);
+  for (int64_t b = 0; b < p.batch; ++b) before[b + 1] = before[b] + items(p.sequences[b]);
+  return before;
+}
+
+// f(p, range) over the items of every sequence and head: `each` per head, or by `before`.
+template <class Params, class F>
+void for_items(Params p, int64_t heads, int64_t each, const std::vector<int64_t>& before, const F& f) {
+  p.items_before = before.empty() ? nullptr : before.data();
+  parallel_for(before.empty() ? p.batch * heads * each : heads * before.back(), 1, [&](Range range) { f(p, range); });
+}
+
+// Whether every row (or key) of the tensor belongs to a sequence, none to two; `packed`: the sequences share one batch
+// entry.
+bool covered(const AttentionParams& p, bool packed, int64_t extent, int64_t Sequence::* begin,
+             int64_t Sequence::* length) {
+  int64_t end = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence& own = p.sequences[b];
+    if (own.*begin != end) return false;
+    end += own.*length;
+    if (!packed && end != extent) return false;
+    if (!packed) end = 0;
+  }
+  return !packed || end == extent;
+}
+
+void fill(const Tensor& x, double value) {
+  if (x.scalar_type() == ScalarType::Double) {
+    std::fill_n(static_cast<double*>(x.mutable_data_ptr()), x.numel(), value);
+  } else {
+    std::fill_n(static_cast<float*>(x.mutable_data_ptr()), x.numel(), static_cast<float>(value));
+  }
+}
+
+// The sequences of few rows, unless there is dropout; all others take attention_forward's other half.
+void decode(AttentionParams p, ScalarType accumulation) {
+  const KernelTable& table = kernels();
+  const int64_t part = table.attention_decode_keys;
+  const auto decodes = [](const Sequence& own) { return own.rows <= kDecodeRows; };
+  if (p.sequences != nullptr) {
+    p.rows = p.keys = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence& own = p.sequences[b];
+      if (decodes(own)) p.rows = std::max(p.rows, own.rows), p.keys = std::max(p.keys, own.keys);
+    }
+  }
+  const int64_t parts = std::max<int64_t>(1, blocks_of(p.keys, part));
+  const Tensor partial = empty({p.batch * p.heads * p.rows, parts, p.head_dim_v + 2}, accumulation);
+  p.partial = partial.mutable_data_ptr();
+  if (p.partial == nullptr) return;
+  const auto parts_before = items_before(
+      p, [&](const Sequence& own) { return decodes(own) && own.rows > 0 ? blocks_of(own.keys, part) : 0; });
+  const auto rows_before = items_before(p, [&](const Sequence& own) { return decodes(own) ? own.rows : 0; });
+  for_items(p, p.heads_kv, blocks_of(p.keys, part), parts_before, table.attention_forward);
+  p.merge = true;
+  for_items(p, p.heads, p.rows, rows_before, table.attention_forward);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                              const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                                              const OptionalTensor& sinks, double softmax_scale, int64_t window_left,
                                              int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
-                                             const OptionalTensor& rng_state) {
+                                             const OptionalTensor& rng_state, const OptionalTensor& sequences,
+                                             const OptionalTensor& block_table) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
-  AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks);
+  AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table);
   set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
 
+  const int64_t batch = q.size(0), rows = q.size(2);
   const bool rows_outside = q_in.stride(1) < q_in.stride(2);  // (batch, seq, heads, dim) in memory
-  const Tensor out =
-      rows_outside ? torch::stable::transpose(empty({p.batch, p.rows, p.heads, p.head_dim_v}, q.scalar_type()), 1, 2)
-                   : empty({p.batch, p.heads, p.rows, p.head_dim_v}, q.scalar_type());
-  const Tensor lse = empty({p.batch, p.heads, p.rows}, accumulation_type(q.scalar_type()));
+  Tensor out = rows_outside
+                   ? torch::stable::transpose(empty({batch, rows, p.heads, p.head_dim_v}, q.scalar_type()), 1, 2)
+                   : empty({batch, p.heads, rows, p.head_dim_v}, q.scalar_type());
+  const Tensor lse = empty({batch, p.heads, rows}, accumulation_type(q.scalar_type()));
   p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
   set_strides(out, p.out_stride);
-
-  const KernelTable& table = kernels();
-  if (p.rows <= kDecodeRows && p.dropout.threshold == 0) {
-    const int64_t parts = (p.keys + table.attention_decode_keys - 1) / table.attention_decode_keys;
-    const Tensor partial = empty({p.batch * p.heads * p.rows, parts, p.head_dim_v + 2}, lse.scalar_type());
-    p.partial = partial.mutable_data_ptr();
-    if (p.partial != nullptr) {
-      parallel_for(p.batch * p.heads_kv * parts, 1, [&](Range range) { table.attention_forward(p, range); });
-      p.merge = true;
-      table.attention_forward(p, Range{0, p.batch * p.heads * p.rows});
-      return {out, lse};
+  if (p.sequences != nullptr) {
+    if (batch == 1) p.out_stride[0] = 0;
+    if (!covered(p, batch == 1, rows, &Sequence::q_begin, &Sequence::rows)) {
+      torch::stable::zero_(out);
+      fill(lse, -std::numeric_limits<double>::infinity());
     }
   }
-  const int64_t blocks = (p.rows + table.attention_queries - 1) / table.attention_queries;
-  parallel_for(p.batch * p.heads * blocks, 1, [&](Range range) { table.attention_forward(p, range); });
+
+  const KernelTable& table = kernels();
+  const bool few_rows = p.dropout.threshold == 0;
+  if (few_rows && (p.sequences != nullptr || p.rows <= kDecodeRows)) decode(p, lse.scalar_type());
+  if (few_rows && p.rows <= kDecodeRows) return {out, lse};
+  const auto before = items_before(p, [&](const Sequence& own) {
+    return few_rows && own.rows <= kDecodeRows ? 0 : blocks_of(own.rows, table.attention_queries);
+  });
+  for_items(p, p.heads, blocks_of(p.rows, table.attention_queries), before, table.attention_forward);
   return {out, lse};
 }
 
@@ -125,13 +254,48 @@ bool heads_fill_threads(int64_t heads) {
 void run_stage(AttentionBackwardParams p, AttentionStage stage, int64_t items) {
   const KernelTable& table = kernels();
   p.stage = stage;
-  if (stage != AttentionStage::kAll && stage != AttentionStage::kQueries && stage != AttentionStage::kFinish) {
-    p.slope_rows = p.delta = nullptr;
-  }
+  if (stage != AttentionStage::kAll && stage != AttentionStage::kFinish) p.slope_rows = p.delta = nullptr;
   parallel_for(items, 1, [&](Range range) { table.attention_backward(p, range); });
 }
 
-int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+// dq and the row sums by query blocks, then dk and dv by key blocks.
+void run_by_blocks(AttentionBackwardParams p) {
+  const KernelTable& table = kernels();
+  const int64_t queries = table.attention_queries, keys = table.attention_keys;
+  const auto query_blocks = items_before(p, [&](const Sequence& own) { return blocks_of(own.rows, queries); });
+  p.stage = AttentionStage::kQueries;
+  for_items(p, p.heads, blocks_of(p.rows, queries), query_blocks, table.attention_backward);
+  const auto key_blocks = items_before(p, [&](const Sequence& own) { return blocks_of(own.keys, keys); });
+  p.stage = AttentionStage::kKeys;
+  p.slope_rows = p.delta = nullptr;
+  for_items(p, p.heads_kv, blocks_of(p.keys, keys), key_blocks, table.attention_backward);
+}
+
+// Sets p.dq, p.dk and p.dv; what no sequence covers has gradient 0, what two share has none that is well defined.
+std::tuple<Tensor, Tensor, Tensor> input_gradients(AttentionBackwardParams& p, const Tensor& q, const Tensor& k) {
+  const ScalarType type = q.scalar_type();
+  Tensor dq = empty({q.size(0), p.heads, q.size(2), p.head_dim}, type);
+  Tensor dk = empty({k.size(0), p.heads_kv, k.size(2), p.head_dim}, type);
+  Tensor dv = empty({k.size(0), p.heads_kv, k.size(2), p.head_dim_v}, type);
+  p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
+  p.key_stride[0] = p.heads_kv * k.size(2), p.key_stride[1] = k.size(2);
+  if (p.sequences == nullptr) return {dq, dk, dv};
+  const bool q_packed = q.size(0) == 1, k_packed = k.size(0) == 1;
+  if (q_packed) p.out_stride[0] = p.dout_stride[0] = 0;
+  if (k_packed) p.key_stride[0] = 0;
+  for (int64_t b = 1; b < p.batch; ++b) {
+    const Sequence &own = p.sequences[b], &before = p.sequences[b - 1];
+    FASTATTN_CHECK((!q_packed || own.q_begin >= before.q_begin + before.rows) &&
+                       (!k_packed || own.k_begin >= before.k_begin + before.keys),
+                   "attention: sequences: backward needs packed sequences one after the other");
+  }
+  if (!covered(p, q_packed, q.size(2), &Sequence::q_begin, &Sequence::rows)) torch::stable::zero_(dq);
+  if (!covered(p, k_packed, k.size(2), &Sequence::k_begin, &Sequence::keys)) {
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+  }
+  return {dq, dk, dv};
+}
 
 }  // namespace
 
@@ -140,21 +304,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& out_in, const Tensor& lse_in, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
     double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
-    bool sinks_grad) {
+    bool sinks_grad, const OptionalTensor& sequences) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const Tensor dout = unit_last_stride(dout_in), out = unit_last_stride(out_in);
   const Tensor lse = torch::stable::contiguous(lse_in);
   const OptionalTensor dlse = dlse_in.has_value() ? OptionalTensor(torch::stable::contiguous(*dlse_in)) : std::nullopt;
   AttentionBackwardParams p{};
-  static_cast<AttentionParams&>(p) = make_params(q, k, v, attn_mask, alibi_slopes, sinks);
+  static_cast<AttentionParams&>(p) = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, std::nullopt);
   set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
   const ScalarType type = q.scalar_type(), accumulation = accumulation_type(type);
   for (const Tensor* x : {&dout, &out}) {
-    FASTATTN_CHECK(x->dim() == 4 && x->size(0) == p.batch && x->size(1) == p.heads && x->size(2) == p.rows &&
+    FASTATTN_CHECK(x->dim() == 4 && x->size(0) == q.size(0) && x->size(1) == p.heads && x->size(2) == q.size(2) &&
                        x->size(3) == p.head_dim_v && x->scalar_type() == type,
                    "attention: dout and out are (batch, heads, rows, head_dim_v) in q's dtype");
   }
-  FASTATTN_CHECK(lse.numel() == p.batch * p.heads * p.rows && lse.scalar_type() == accumulation,
+  FASTATTN_CHECK(lse.numel() == q.size(0) * p.heads * q.size(2) && lse.scalar_type() == accumulation,
                  "attention: lse is (batch, heads, rows) in the accumulation dtype");
   FASTATTN_CHECK(!dlse.has_value() || (dlse->numel() == lse.numel() && dlse->scalar_type() == accumulation),
                  "attention: dlse is like lse");
@@ -166,24 +330,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.dout = dout.const_data_ptr(), p.dlse = data_or_null(dlse);
   set_strides(out, p.out_stride), set_strides(dout, p.dout_stride);
 
-  const Tensor dq = empty({p.batch, p.heads, p.rows, p.head_dim}, type);
-  const Tensor dk = empty({p.batch, p.heads_kv, p.keys, p.head_dim}, type);
-  const Tensor dv = empty({p.batch, p.heads_kv, p.keys, p.head_dim_v}, type);
-  p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
-  const Tensor delta = empty({p.batch, p.heads, sinks_grad ? p.rows : 0}, accumulation);
-  const Tensor slope_rows = empty({p.batch, p.heads, slopes_grad ? p.rows : 0}, accumulation);
+  const auto [dq, dk, dv] = input_gradients(p, q, k);
+  const Tensor delta = empty({q.size(0), p.heads, sinks_grad ? q.size(2) : 0}, accumulation);
+  const Tensor slope_rows = empty({q.size(0), p.heads, slopes_grad ? q.size(2) : 0}, accumulation);
   if (sinks_grad) p.delta = delta.mutable_data_ptr();
   if (slopes_grad) p.slope_rows = slope_rows.mutable_data_ptr();
 
   const KernelTable& table = kernels();
   const int64_t heads = p.batch * p.heads_kv;
-  const int64_t query_blocks = blocks_of(p.rows, table.attention_queries);
-  const int64_t key_blocks = blocks_of(p.keys, table.attention_keys);
   if (heads_fill_threads(heads)) {
     run_stage(p, AttentionStage::kAll, heads);
   } else {
-    run_stage(p, AttentionStage::kQueries, p.batch * p.heads * query_blocks);
-    run_stage(p, AttentionStage::kKeys, heads * key_blocks);
+    run_by_blocks(p);
   }
 
   Tensor dmask = none(q), dslopes = none(q), dsinks = none(q);
@@ -193,7 +351,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     dmask = empty({extent[0], extent[1], extent[2], extent[3]}, attn_mask->scalar_type());
     p.dmask = dmask.mutable_data_ptr();
     run_stage(p, AttentionStage::kMask,
-              extent[0] * extent[1] * (extent[2] == 1 ? 1 : query_blocks) * (extent[3] == 1 ? 1 : key_blocks));
+              extent[0] * extent[1] * blocks_of(extent[2], table.attention_queries) *
+                  blocks_of(extent[3], table.attention_keys));
   }
   if (slopes_grad) {
     dslopes = empty({alibi_slopes->size(0), p.heads}, accumulation);

@@ -18,13 +18,14 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
                                              const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                                              const OptionalTensor& sinks, double softmax_scale, int64_t window_left,
                                              int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
-                                             const OptionalTensor& rng_state);
+                                             const OptionalTensor& rng_state, const OptionalTensor& sequences,
+                                             const OptionalTensor& block_table);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
     double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
-    bool sinks_grad);
+    bool sinks_grad, const OptionalTensor& sequences);
 
 std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in,
                                                const OptionalTensor& w_gate, const OptionalTensor& b_gate,

@@ -2,6 +2,7 @@
 
 from fastattn.ops._select import Explanation, explain
 from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.attention_sequences import attention_varlen, attention_with_kv_cache
 from fastattn.ops.ffn import ffn, glu_ffn
 from fastattn.ops.norm import layer_norm, rms_norm
 from fastattn.ops.rope import rope
@@ -9,6 +10,8 @@ from fastattn.ops.rope import rope
 __all__ = [
     "Explanation",
     "attention",
+    "attention_varlen",
+    "attention_with_kv_cache",
     "explain",
     "ffn",
     "glu_ffn",

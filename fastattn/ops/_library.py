@@ -29,17 +29,21 @@ SCHEMAS = {
     # q (B, H, Nq, D); k (B, Hk, Nk, D); v (B, Hk, Nk, Dv); attn_mask 4-D with each extent 1 or full, bool | q.dtype | float32;
     # alibi_slopes (1 | B, H), sinks (H,) and lse (B, H, Nq) in the accumulation dtype; rng_state int64 (2,) = (seed, offset), CPU.
     # Key j is visible to row i iff  -window_left <= j - (i + diagonal) <= window_right,  -1 = unlimited.
+    # sequences int64 (S, 5), CPU: (q_begin, rows, k_begin, keys, diagonal) of each, counted in its batch entry. q (and k, v) have
+    # S batch entries, or one that all sequences lie in; B = S for alibi_slopes and dropout. Rows outside give out 0, lse -inf.
+    # block_table int32 (S, pages of each), CPU: k and v are (pages, Hk, page_size, D), key j of sequence s is row j % page_size of
+    # page block_table[s, j / page_size].
     "attention_forward": (
         "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, float softmax_scale,"
-        " int window_left, int window_right, int diagonal, float softcap, float dropout_p, Tensor? rng_state)"
-        " -> (Tensor out, Tensor lse)"
+        " int window_left, int window_right, int diagonal, float softcap, float dropout_p, Tensor? rng_state,"
+        " Tensor? sequences=None, Tensor? block_table=None) -> (Tensor out, Tensor lse)"
     ),
     # dmask has attn_mask's own (unexpanded) shape and dtype; dslopes that of alibi_slopes; dsinks that of sinks.
     "attention_backward": (
         "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? attn_mask,"
         " Tensor? alibi_slopes, Tensor? sinks, float softmax_scale, int window_left, int window_right, int diagonal,"
-        " float softcap, float dropout_p, Tensor? rng_state, bool mask_grad, bool slopes_grad, bool sinks_grad)"
-        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dslopes, Tensor dsinks)"
+        " float softcap, float dropout_p, Tensor? rng_state, bool mask_grad, bool slopes_grad, bool sinks_grad,"
+        " Tensor? sequences=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dslopes, Tensor dsinks)"
     ),
     # x, residual (M, N) with unit last stride; weight, bias (N,) in x.dtype or float32. h = dropout(x) + residual, y = norm(h).
     # h is (0,) when it would equal x; mean is (0,) for rms.
@@ -89,7 +93,7 @@ def _fake_attention_forward(q, k, v, attn_mask, alibi_slopes, sinks, *_):  # typ
 def _fake_attention_backward(  # type: ignore[no-untyped-def]
     dout, dlse, q, k, v, out, lse, attn_mask, alibi_slopes, sinks, *rest
 ):
-    mask_grad, slopes_grad, sinks_grad = rest[-3:]
+    mask_grad, slopes_grad, sinks_grad = rest[7:10]
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),

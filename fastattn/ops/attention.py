@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.ops import _validate
+from fastattn.ops import _sequences, _validate
 from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
 from fastattn.ops._select import choose, triton_dtype
 from fastattn.reference.attention import masked_attention
@@ -36,8 +36,17 @@ def _operator(triton: bool, direction: str) -> Any:
     return getattr(torch.ops.fastattn, f"triton_attention_{direction}" if triton else f"attention_{direction}")
 
 
-def _formula(options: _Options, rng_state: Tensor | None) -> Any:
-    return lambda *tensors: masked_attention(*tensors, **options._asdict(), rng_state=rng_state)
+def _formula(
+    options: _Options, rng_state: Tensor | None, sequences: Tensor | None, block_table: Tensor | None = None
+) -> Any:
+    return lambda *tensors: masked_attention(
+        *tensors, **options._asdict(), rng_state=rng_state, sequences=sequences, block_table=block_table
+    )
+
+
+def _given(*optional: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Trailing arguments of an operator, without what is left at its default: Triton's launchers have none of them."""
+    return optional if any(x is not None for x in optional) else ()
 
 
 class _Attention(torch.autograd.Function):
@@ -45,13 +54,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, rng_state, triton = args[:8]
-        return _operator(triton, "forward")(*tensors, *args[8:], rng_state)
+        *tensors, rng_state, sequences, block_table, triton = args[:10]
+        return _operator(triton, "forward")(*tensors, *args[10:], rng_state, *_given(sequences, block_table))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.rng_state, ctx.triton = inputs[:8]
-        ctx.options = inputs[8:]
+        *tensors, ctx.rng_state, ctx.sequences, ctx.block_table, ctx.triton = inputs[:10]
+        ctx.options = inputs[10:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors)
@@ -59,14 +68,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
+        if ctx.block_table is not None:
+            raise NotImplementedError("block_table: a paged cache has no gradients; gather its pages to train on them")
         if dout is None:
             dout = torch.zeros_like(out)
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         gradient = _AttentionGradient.apply if differentiable else _AttentionGradient.forward
         wanted = tuple(ctx.needs_input_grad[3:6])
-        grads = gradient(dout, dlse, *tensors, out, lse, ctx.rng_state, ctx.triton, *wanted, *ctx.options)
+        state = (ctx.rng_state, ctx.sequences, ctx.triton)
+        grads = gradient(dout, dlse, *tensors, out, lse, *state, *wanted, *ctx.options)
         kept = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:6], strict=True)]
-        return (*kept, *[None] * (2 + len(ctx.options)))
+        return (*kept, *[None] * (4 + len(ctx.options)))
 
 
 class _AttentionDual(_Attention):
@@ -74,7 +86,7 @@ class _AttentionDual(_Attention):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        formula = _formula(_Options(*ctx.options), ctx.rng_state)
+        formula = _formula(_Options(*ctx.options), ctx.rng_state, ctx.sequences, ctx.block_table)
         return pushforward(formula, 2, ctx.saved_tensors[:6], tangents[:6])
 
 
@@ -85,28 +97,29 @@ class _AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        dout, dlse, q, k, v, attn_mask, alibi_slopes, sinks, out, lse, rng_state, triton, *rest = args
+        dout, dlse, q, k, v, attn_mask, alibi_slopes, sinks, out, lse, rng_state, sequences, triton, *rest = args
         wanted, options = rest[:3], rest[3:]
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         return _operator(triton, "backward")(
-            dout, dlse, q, k, v, out, lse, attn_mask, alibi_slopes, sinks, *options, rng_state, *wanted
-        )
+            dout, dlse, q, k, v, out, lse, attn_mask, alibi_slopes, sinks, *options, rng_state, *wanted,
+            *_given(sequences),
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rng_state, ctx.wanted, ctx.options = inputs[10], inputs[12:15], inputs[15:]
+        ctx.rng_state, ctx.sequences, ctx.wanted, ctx.options = *inputs[10:12], inputs[13:16], inputs[16:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:8])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         dout, dlse, *inputs = ctx.saved_tensors
-        formula = _formula(_Options(*ctx.options), ctx.rng_state)
+        formula = _formula(_Options(*ctx.options), ctx.rng_state, ctx.sequences)
         wanted = (True, True, True, *ctx.wanted)
         onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dout, dlse), upstream)
         # out and lse are functions of the inputs here, so their share is already in onto_inputs.
-        return (*onto_cotangents, *onto_inputs, *[None] * (7 + len(ctx.options)))
+        return (*onto_cotangents, *onto_inputs, *[None] * (8 + len(ctx.options)))
 
 
 def attention(
@@ -115,6 +128,7 @@ def attention(
     v: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
@@ -138,6 +152,8 @@ def attention(
             the last dimension is contiguous (otherwise it is copied).
         attn_mask: broadcastable to (B, H, Nq, Nk). Boolean: True = visible. Floating (q's dtype or float32): added to the scores;
             its gradient is computed if it requires one.
+        key_lengths: (B,) integers in [0, Nk]: keys from key_lengths[b] on (padding) are neither seen nor read. The alignment of
+            ``causal`` and windows stays that of all Nk keys.
         causal: no key after the query's position.
         window_size: (left, right) keys around the query's position, -1 = unlimited (Beltagy et al., "Longformer", 2020).
         softcap: > 0: scores become softcap · tanh(score / softcap) (Gemma 2, 2024). 0: off.
@@ -159,19 +175,34 @@ def attention(
     """
     q, k, v = _validate.autocast(getattr(getattr(q, "device", None), "type", "cpu"), q, k, v)  # type: ignore[assignment]
     _check_qkv(q, k, v)
+    options = _options(q, softmax_scale, causal, window_size, k.shape[2] - q.shape[2], softcap, dropout_p)
+    sequences = None
+    if key_lengths is not None:
+        sequences = _sequences.padded(key_lengths, q.shape[0], q.shape[2], k.shape[2])
+    out, lse = _attend(q, k, v, attn_mask, alibi_slopes, sinks, rng_state, options, implementation, sequences)
+    return (out, lse) if return_lse else out
+
+
+def _options(
+    q: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    diagonal: int,
+    softcap: float,
+    dropout_p: float,
+) -> _Options:
     left, right = _check_window(window_size)
-    options = _Options(
-        1 / math.sqrt(q.shape[3])
+    return _Options(
+        1 / math.sqrt(q.shape[-1])
         if softmax_scale is None
         else _validate.positive_finite("softmax_scale", softmax_scale),
         left,
         0 if causal else right,
-        k.shape[2] - q.shape[2],
+        diagonal,
         _check_softcap(softcap),
         _validate.dropout(dropout_p),
     )
-    out, lse = _attend(q, k, v, attn_mask, alibi_slopes, sinks, rng_state, options, implementation)
-    return (out, lse) if return_lse else out
 
 
 def scaled_dot_product_attention(
@@ -240,30 +271,36 @@ def _attend(
     rng_state: Tensor | None,
     options: _Options,
     implementation: str,
+    sequences: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     accumulate = accumulation_dtype(q.dtype)
+    batch = q.shape[0] if sequences is None else sequences.shape[0]
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, q, k)
     if alibi_slopes is not None:
-        alibi_slopes = _check_per_head("alibi_slopes", alibi_slopes, q, ((q.shape[1],), (q.shape[0], q.shape[1])))
+        alibi_slopes = _check_per_head("alibi_slopes", alibi_slopes, q, ((q.shape[1],), (batch, q.shape[1])))
         alibi_slopes = alibi_slopes.to(accumulate).reshape(-1, q.shape[1])
     if sinks is not None:
         sinks = _check_per_head("sinks", sinks, q, ((q.shape[1],),)).to(accumulate)
 
-    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, v)}
+    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, v, sequences)}
     chosen = choose("attention", implementation, q.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
     if chosen == "reference":
-        return masked_attention(q, k, v, attn_mask, alibi_slopes, sinks, **options._asdict(), rng_state=rng_state)
+        return _formula(options, rng_state, sequences, block_table)(q, k, v, attn_mask, alibi_slopes, sinks)
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     tensors = (q, k, v, attn_mask, alibi_slopes, sinks)
     triton = chosen == "triton"
     if wants_gradient(*tensors):
-        return (_AttentionDual if forward_mode() else _Attention).apply(*tensors, rng_state, triton, *options)
-    return _operator(triton, "forward")(*tensors, *options, rng_state)
+        state = (rng_state, sequences, block_table, triton)
+        return (_AttentionDual if forward_mode() else _Attention).apply(*tensors, *state, *options)
+    return _operator(triton, "forward")(*tensors, *options, rng_state, *_given(sequences, block_table))
 
 
-def _triton_why_not(q: Tensor, v: Tensor) -> str | None:
+def _triton_why_not(q: Tensor, v: Tensor, sequences: Tensor | None) -> str | None:
+    if sequences is not None:
+        return "sequences with lengths of their own are not written in Triton"
     if max(q.shape[3], v.shape[3]) > 256:
         return f"head_dim {max(q.shape[3], v.shape[3])} is over 256"
     return triton_dtype(q.dtype)

@@ -35,6 +35,7 @@ def attention(
     v: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
@@ -47,6 +48,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`fastattn.attention`, same shapes and meaning; needs O(Nq · Nk) memory, differentiable to any order."""
     window_left, window_right = window_size
+    rows, columns = q.shape[2], k.shape[2]
+    sequences = None
+    if key_lengths is not None:
+        sequences = torch.tensor([[0, rows, 0, length, columns - rows] for length in key_lengths.tolist()]).view(-1, 5)
     out, lse = masked_attention(
         q,
         k,
@@ -57,10 +62,11 @@ def attention(
         softmax_scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
         window_left=window_left,
         window_right=0 if causal else window_right,
-        diagonal=k.shape[2] - q.shape[2],
+        diagonal=columns - rows,
         softcap=softcap,
         dropout_p=dropout_p,
         rng_state=rng_state,
+        sequences=sequences,
     )
     return (out, lse) if return_lse else out
 
@@ -80,8 +86,13 @@ def masked_attention(
     softcap: float,
     dropout_p: float,
     rng_state: Tensor | None,
+    sequences: Tensor | None = None,
+    block_table: Tensor | None = None,
+    first_head: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The operator's form (arguments of ``fastattn::attention_forward``): (out, lse).
+
+    Dropout counts heads from ``first_head`` on.
 
     ::
 
@@ -91,6 +102,9 @@ def masked_attention(
     over the visible j. A row that sees no key gives zeros, lse = -inf and zero gradients. Keys that no row of a head sees are
     never read, so NaN in them reaches nothing.
     """
+    if sequences is not None:
+        options = (softmax_scale, window_left, window_right, softcap, dropout_p, rng_state)
+        return _each_sequence(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table, options)
     accumulate = accumulation_dtype(q.dtype)
     batch, heads, rows, _ = q.shape
     columns = k.shape[2]
@@ -134,5 +148,67 @@ def masked_attention(
     lse = (peak + torch.log(total)).masked_fill(empty, -torch.inf).squeeze(-1)
     if dropout_p > 0:
         assert rng_state is not None
-        probabilities = probabilities * attention_dropout(shape, dropout_p, rng_state, q.device).to(accumulate)
+        factors = attention_dropout(shape, dropout_p, rng_state, q.device, first_head)
+        probabilities = probabilities * factors.to(accumulate)
     return (probabilities @ values).to(q.dtype), lse
+
+
+def _each_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    sequences: Tensor,
+    block_table: Tensor | None,
+    options: tuple[float, int, int, float, float, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """One call per sequence, put together: rows that no sequence has give zeros and lse = -inf."""
+    softmax_scale, window_left, window_right, softcap, dropout_p, rng_state = options
+    batch, heads, total_rows, _ = q.shape
+    outs, lses, places = [], [], []
+    for s, (q_begin, rows, k_begin, keys, diagonal) in enumerate(sequences.tolist()):
+        entry = s if batch > 1 else 0
+        own_k, own_v = (_keys_of(x, s, k_begin, keys, block_table) for x in (k, v))
+        mask = attn_mask
+        if mask is not None:
+            mask = mask[s : s + 1] if mask.shape[0] > 1 else mask
+            mask = mask[..., :keys] if mask.shape[3] > 1 else mask
+        slopes = alibi_slopes[s : s + 1] if alibi_slopes is not None and alibi_slopes.shape[0] > 1 else alibi_slopes
+        out, lse = masked_attention(
+            q[entry : entry + 1, :, q_begin : q_begin + rows],
+            own_k,
+            own_v,
+            mask,
+            slopes,
+            sinks,
+            softmax_scale=softmax_scale,
+            window_left=window_left,
+            window_right=window_right,
+            diagonal=diagonal,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            rng_state=rng_state,
+            first_head=s * heads,
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0].transpose(0, 1))
+        places.append(torch.arange(rows, device=q.device) + (entry * total_rows + q_begin))
+    out = q.new_zeros(batch * total_rows, heads, v.shape[3])
+    lse = q.new_full((batch * total_rows, heads), -torch.inf, dtype=accumulation_dtype(q.dtype))
+    if outs:
+        place = torch.cat(places)
+        out, lse = out.index_copy(0, place, torch.cat(outs)), lse.index_copy(0, place, torch.cat(lses))
+    out, lse = (x.unflatten(0, (batch, total_rows)).transpose(1, 2) for x in (out, lse))
+    return out, lse
+
+
+def _keys_of(x: Tensor, sequence: int, begin: int, keys: int, block_table: Tensor | None) -> Tensor:
+    """(1, Hk, keys, D): the keys, or values, of one sequence."""
+    if block_table is not None:
+        pages = block_table[sequence, : -(-keys // x.shape[2])].to(x.device, torch.int64)
+        x = x[pages].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        return x[:, :, :keys]
+    entry = sequence if x.shape[0] > 1 else 0
+    return x[entry : entry + 1, :, begin : begin + keys]

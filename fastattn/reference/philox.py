@@ -41,11 +41,16 @@ def _factors(columns: int, y: Tensor, z: Tensor, dropout_p: float, rng_state: Te
     return kept.double() / (1 - dropout_p)
 
 
-def attention_dropout(shape: torch.Size, dropout_p: float, rng_state: Tensor, device: torch.device) -> Tensor:
-    """Dropout factors, 0 or 1 / (1 - p), of a probability tensor of ``shape`` (B, H, Nq, Nk); float64."""
+def attention_dropout(
+    shape: torch.Size, dropout_p: float, rng_state: Tensor, device: torch.device, first_head: int = 0
+) -> Tensor:
+    """Dropout factors, 0 or 1 / (1 - p), of a probability tensor of ``shape`` (B, H, Nq, Nk); float64.
+
+    Its first head is number ``first_head`` of the call's batch * heads.
+    """
     batch, heads, rows, columns = shape
     y = torch.arange(rows, device=device)
-    z = torch.arange(batch * heads, device=device).view(batch, heads, 1)
+    z = first_head + torch.arange(batch * heads, device=device).view(batch, heads, 1)
     return _factors(columns, y, z, dropout_p, rng_state)
 
 
