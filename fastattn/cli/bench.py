@@ -11,6 +11,7 @@ import argparse
 import datetime
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +19,16 @@ from typing import Any
 
 import torch
 
-from fastattn.cli import cases, check, machine
+from fastattn.cli import bars, cases, check, limited, machine
+from fastattn.cli.bars import Line
 from fastattn.cli.cases import Case
-from fastattn.cli.measure import MatrixPeak, Timing, interleave
+from fastattn.cli.measure import MatrixPeak, ReadPeak, Timing, interleave
 from fastattn.cli.peers import PEERS, peers
 from fastattn.cli.plot import plot as plot
 from fastattn.cli.table import Progress, print_table
 
 DIRECTIONS = ("forward", "forward+backward")
-SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 COPY = "copy"
 OURS = "fastattn"
 ROW_SECONDS = 1.5
@@ -39,6 +41,9 @@ class Row:
     """One measurement. Times are seconds per call, ``rate`` is ours in ``unit``, ``roofline`` is the limit in the same unit.
 
     ``load`` is the machine's load average before the session began: above its cores, others were competing.
+    A row with a bar (fastattn/cli/bars.py) has in ``bar`` what ``ratio`` must reach, in ``roofline_bar`` what
+    ``roofline_percent`` must (None: no bar), and in ``errors`` for each of its results the relative Frobenius error against
+    float64 and the largest error, ours and the peer's. ``limits`` are the variables that limit ours and torch.
     ``verdict`` is "ok"; or "FAILED" (the check of this very shape did) or "unavailable", and then there are no figures
     and ``note`` says why.
     """
@@ -65,6 +70,10 @@ class Row:
     unit: str = ""
     roofline: float | None = None
     roofline_percent: float | None = None
+    bar: float | None = None
+    roofline_bar: float | None = None
+    errors: dict[str, dict[str, float]] | None = None
+    limits: str = ""
     device: str = ""
     threads: int = 0
     load: float = 0.0
@@ -111,13 +120,19 @@ def work(case: Case, dtype: torch.dtype, direction: str) -> tuple[float, str]:
     size = dtype.itemsize
     if "attention" in case.op:
         batch, heads, rows, keys, dim = case.attention_shape
+        if rows == 1 and direction == "forward":
+            # Decoding reads K and V once for all heads of a group; q and the output are 1/keys of that.
+            return 2 * batch * case.options.get("nheads_kv", heads) * keys * dim * size, "GB/s"
+        if case.options.get("mask") == "padding":
+            keys //= 2
         pairs = rows * keys
         if case.options.get("causal"):  # bottom-right: row i sees keys - rows + i + 1 keys
             pairs = sum(max(0, min(keys, keys - rows + i + 1)) for i in range(rows))
         elif case.options.get("is_causal"):  # top-left: row i sees i + 1 keys
             pairs = sum(min(keys, i + 1) for i in range(rows))
         # Forward q·kᵀ and p·v: 2 products of 2·D per pair. Backward 5 products (p again, dp, dv, dq, dk): ×2.5.
-        return 4 * batch * heads * pairs * dim * (3.5 if both else 1), "GFLOP/s"
+        passes = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[direction]
+        return 4 * batch * heads * pairs * dim * passes, "GFLOP/s"
     if case.op in ("ffn", "glu_ffn"):
         tokens, model, hidden = case.shape
         products = 2 if case.op == "ffn" else 3
@@ -143,25 +158,33 @@ def device_name(device: torch.device) -> str:
 class Bench:
     """One session: the device, what is the same in all its rows, and its measured limits."""
 
-    def __init__(self, device: str, wanted: Sequence[str], implementation: str, budget: float) -> None:
+    def __init__(
+        self, device: str, wanted: Sequence[str], implementation: str, budget: float, limits: str = ""
+    ) -> None:
         self.device = cases.parse_device(device)
         self.wanted = wanted
         self.implementation = implementation
         self.budget = budget
         self.peak = MatrixPeak(self.device)
+        self.read_peak = ReadPeak(self.device)
         self.facts: dict[str, Any] = {
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "load": round(machine.load(), 2),
+            "limits": limits,
             "torch": torch.__version__,
             "commit": machine.git_commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def rows(self, case: Case, dtype_name: str) -> Iterator[Row]:
-        """Both directions against every peer, or one row that says why there are no figures."""
+    def rows(self, case: Case, dtype_name: str, line: Line | None = None) -> Iterator[Row]:
+        """Every direction against every peer, or one row that says why there are no figures.
+
+        ``line`` gives the directions and the bars of its case; without it there are DIRECTIONS and no bars.
+        """
         dtype = cases.DTYPES[dtype_name]
-        oracle = check.Oracle(case, dtype, self.device)
+        directions = line.directions if line else DIRECTIONS
+        oracle = check.Oracle(case, dtype, self.device, gradients=len(directions) > 1)
         implementation, isa, reason = check.running(case, oracle.tensors, self.implementation)
         start: dict[str, Any] = {"op": case.op, "case": case.label, "shape": case.shape, "dtype": dtype_name}
         start |= {"implementation": implementation, "isa": isa}
@@ -169,24 +192,20 @@ class Bench:
         if verdict != check.OK:
             yield Row(**start, direction="", peer="", verdict=verdict, note=note, **self.facts)
             return
+        errors = compared(oracle, self.implementation) if line else {}
         wanted = list(self.wanted)
-        for direction in DIRECTIONS:
-            amount, unit = work(case, dtype, direction)
-            timings = self._times(case, oracle, direction, unit, wanted)
+        for direction in directions:
+            timings = self._times(case, oracle, direction, wanted)
             ours = timings.pop(OURS)
-            rate = amount / ours.median / 1e9
-            if COPY in timings:
-                # Bytes that one copy of x reads and writes: the limit of the cache level that this row's own tensors
-                # live in.
-                roofline = 2 * oracle.tensors["x"].nbytes / timings.pop(COPY).median / 1e9
-            else:
-                roofline = self.peak(dtype) / 1e9
-            figures: dict[str, Any] = {
-                "rate": rate,
-                "unit": unit,
-                "roofline": roofline,
-                "roofline_percent": 100 * rate / roofline,
-            }
+            figures = self._figures(case, oracle, direction, ours, timings.pop(COPY, None))
+            if line:
+                figures |= {
+                    "bar": line.ratio(dtype_name, direction),
+                    "roofline_bar": line.share(dtype_name, direction),
+                    "errors": {
+                        key: value for key, value in errors.items() if (key[:5] == "grad ") == (direction == "backward")
+                    },
+                }
             for peer, theirs in timings.items():
                 row = {**start, "direction": direction, "peer": peer}
                 yield Row(
@@ -198,22 +217,56 @@ class Bench:
                     **figures,
                     **self.facts,
                 )
-                if direction == DIRECTIONS[0] and theirs.median > HOPELESS * self.budget:
+                if not line and direction == directions[0] and theirs.median > HOPELESS * self.budget:
                     wanted.remove(peer.partition(":")[0])
                     note = f"not timed against {peer}, whose forward pass alone took {theirs.median:.1f} s"
-                    yield Row(**{**row, "direction": DIRECTIONS[1]}, verdict=check.UNAVAILABLE, note=note, **self.facts)
+                    yield Row(**{**row, "direction": directions[1]}, verdict=check.UNAVAILABLE, note=note, **self.facts)
 
-    def _times(
-        self, case: Case, oracle: check.Oracle, direction: str, unit: str, wanted: Sequence[str]
-    ) -> dict[str, Timing]:
+    def _times(self, case: Case, oracle: check.Oracle, direction: str, wanted: Sequence[str]) -> dict[str, Timing]:
         calls = contenders(case, oracle, self.implementation, wanted, direction)
-        if unit == "GB/s":
+        if "x" in oracle.tensors and work(case, oracle.tensors["x"].dtype, direction)[1] == "GB/s":
             x = oracle.tensors["x"].detach()
             target = torch.empty_like(x)
             calls[COPY] = lambda: target.copy_(x)
         if "compile" in calls:
             calls["compile"]()  # compilation must not count as the first run
         return interleave(calls, self.budget, self.device)
+
+    def _figures(
+        self, case: Case, oracle: check.Oracle, direction: str, ours: Timing, copy: Timing | None
+    ) -> dict[str, Any]:
+        """Our rate and its limit, in the same unit."""
+        first = oracle.tensors["q" if "attention" in case.op else "x"]
+        amount, unit = work(case, first.dtype, direction)
+        if copy:
+            # Bytes that one copy of x reads and writes: the limit of the cache level that this row's own tensors live in.
+            roofline = 2 * first.nbytes / copy.median / 1e9
+        else:
+            roofline = (self.peak(first.dtype) if unit == "GFLOP/s" else self.read_peak()) / 1e9
+        rate = amount / ours.median / 1e9
+        return {"rate": rate, "unit": unit, "roofline": roofline, "roofline_percent": 100 * rate / roofline}
+
+
+def compared(oracle: check.Oracle, implementation: str) -> dict[str, dict[str, float]]:
+    """By result: the relative Frobenius and the largest error against float64, fastattn's and SDPA's.
+
+    With dropout, whose mask SDPA draws by itself, plain PyTorch stands for SDPA: it is what SDPA then runs.
+    """
+    case, t = oracle.case, oracle.tensors
+    ours = oracle.results(cases.ours(case, t, implementation))
+    theirs = oracle.plain
+    if not case.options.get("dropout_p"):
+        (call,) = peers(case, t, ["sdpa"]).values()
+        theirs = oracle.results(call())
+    return {
+        name: {
+            "relative": check.relative(ours[name], exact),
+            "peer_relative": check.relative(theirs[name], exact),
+            "largest": check.largest(ours[name].double() - exact),
+            "peer_largest": check.largest(theirs[name].double() - exact),
+        }
+        for name, exact in oracle.exact.items()
+    }
 
 
 def gate(oracle: check.Oracle, implementation: str) -> tuple[str, str]:
@@ -234,7 +287,7 @@ def contenders(
     t = oracle.tensors
     calls: dict[str, Callable[[], cases.Outputs]] = {OURS: lambda: cases.ours(case, t, implementation)}
     calls |= peers(case, t, wanted)
-    wrap = _forward if direction == "forward" else _both
+    wrap = {"forward": _forward, "backward": _backward, "forward+backward": _both}[direction]
     return {name: wrap(call, oracle) for name, call in calls.items()}
 
 
@@ -248,6 +301,14 @@ def _forward(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callabl
             return call()
 
     return forward
+
+
+def _backward(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
+    """The backward pass alone, again and again from one forward pass."""
+    leaves = [tensor for tensor in oracle.tensors.values() if tensor.requires_grad]
+    outputs = call()
+    upstream = [oracle.cotangents[name] for name in outputs]
+    return lambda: torch.autograd.grad(list(outputs.values()), leaves, upstream, retain_graph=True)
 
 
 def _both(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
@@ -288,6 +349,24 @@ def run(
     return rows
 
 
+def run_bars(
+    dtypes: Sequence[str] = bars.DTYPES, *, isa: str = "", only: str = "", budget: float = ROW_SECONDS
+) -> list[Row]:
+    """Measure the lines of fastattn/cli/bars.py with ``only`` in their name, on bars.THREADS threads.
+
+    ``isa`` is "" for the lines without a limit, or the instruction set that this process is limited to.
+    """
+    torch.set_num_threads(bars.THREADS)
+    bench = Bench("cpu", ("sdpa",), "auto", budget, limited.text(isa))
+    chosen = list(bars.chosen(isa, only, dtypes))
+    rows: list[Row] = []
+    with Progress("bars", len(chosen)) as progress:
+        for line, dtype in chosen:
+            progress.step(f"{line.text} {dtype}")
+            rows += bench.rows(line.case, dtype, line)
+    return rows
+
+
 def run_quick() -> list[Row]:
     """The rows of the demo: every op once or twice, below 15 s on two cores."""
     return run(quick=True, budget=0.2, wanted=("eager", "sdpa"))
@@ -302,21 +381,27 @@ def _milliseconds(median: float, p20: float, p80: float) -> str:
 
 def render(rows: Sequence[Row]) -> None:
     """Print the table: the ratio first, then times, rate and its share of the measured limit; the reasons of FAILED last."""
-    columns = ("op", "shape", "dtype", "pass", "by", "against", "ratio", "ms [p20, p80]", "theirs", "rate", "roof")
+    columns = ["op", "shape", "dtype", "pass", "by", "against", "ratio", "ms [p20, p80]", "theirs", "rate", "roof"]
+    with_bars = any(row.bar is not None for row in rows)
+    columns += ["error / theirs"] if with_bars else []
     lines, styles = [], []
     for row in rows:
         call = (cases.title(row.op, row.case), "x".join(map(str, row.shape)), row.dtype, SHORT.get(row.direction, ""))
         start = (*call, f"{row.implementation} {row.isa}".strip(), row.peer)
         if row.verdict != check.OK:
-            lines.append((*start, row.verdict, "", "", "", ""))
+            lines.append((*start, row.verdict, *[""] * (len(columns) - len(start) - 1)))
             styles.append("red")
             continue
         assert row.ratio is not None and row.rate is not None and row.roofline_percent is not None
         ours = _milliseconds(row.median or 0, row.p20 or 0, row.p80 or 0)
         theirs = _milliseconds(row.peer_median or 0, row.peer_p20 or 0, row.peer_p80 or 0)
         rate = f"{row.rate:.0f} {row.unit}" if row.rate >= 10 else f"{row.rate:.2f} {row.unit}"
-        lines.append((*start, f"{row.ratio:.2f}", ours, theirs, rate, f"{row.roofline_percent:.0f}%"))
-        styles.append("green" if row.ratio >= 1 else "yellow" if row.ratio >= 0.95 else "red")
+        lines.append((*start, bars.cell(row), ours, theirs, rate, bars.share(row)))
+        if with_bars:
+            result, error = bars.error_ratio(row)
+            lines[-1] += (f"{error:.2f} {result}",)
+        bar = row.bar or 1
+        styles.append("green" if row.ratio >= bar else "yellow" if row.ratio >= 0.95 * bar else "red")
     print_table(
         columns, lines, left=6, styles=styles, title="ratio = their time / fastattn's: above 1, fastattn is faster"
     )
@@ -344,37 +429,87 @@ def below(rows: Sequence[Row], bar: float) -> list[Row]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", nargs="*", metavar="OP", help=f"default: all of {', '.join(cases.OPS)}")
-    parser.add_argument("--dtype", nargs="+", choices=list(cases.DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument(
+        "op",
+        nargs="*",
+        metavar="OP",
+        help=f"default: all of {', '.join(cases.OPS)}; attention alone: its table of bars",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(cases.DTYPES), help="default: float32 bfloat16; bars: float16 too"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
-    parser.add_argument("--implementation", choices=cases.IMPLEMENTATIONS, default="auto")
-    parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=list(PEERS), help="default: all")
+    parser.add_argument("--implementation", choices=cases.IMPLEMENTATIONS, help="default: auto")
+    parser.add_argument("--peer", nargs="+", choices=list(PEERS), help="default: all; bars: sdpa")
     parser.add_argument("--shape", help="; ".join(f"{op}: {shape}" for op, shape in cases.SHAPES.items()))
     parser.add_argument("--quick", action="store_true", help="one small shape per op, 0.2 s a row, no torch.compile")
+    parser.add_argument("--seconds", type=float, help=f"per row, all contenders together (default {ROW_SECONDS})")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="bars: the lines with TEXT in their name, such as 2048x128 or causal"
+    )
+    parser.add_argument(
+        "--isa", choices=list(limited.ENVIRONMENT), help="bars: the lines limited to it, and torch with them"
+    )
     parser.add_argument("--save", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
     parser.add_argument("--fail-below", type=float, metavar="RATIO", help="exit code 1 if a row is slower than that")
+
+
+def wants_bars(args: argparse.Namespace) -> bool:
+    """``bench attention`` on a CPU, with no other cases, peers or bar asked for."""
+    others = (args.quick, args.shape, args.peer, args.implementation, args.fail_below)
+    return args.op == ["attention"] and cases.parse_device(args.device).type == "cpu" and not any(others)
+
+
+def all_bars(args: argparse.Namespace) -> list[Row]:
+    """The rows of the bars asked for: this process's, and those of a process per instruction set to be limited to."""
+    only, budget, dtypes = args.only or "", args.seconds or ROW_SECONDS, args.dtype or bars.DTYPES
+    if args.isa and limited.in_force(args.isa):
+        return run_bars(dtypes, isa=args.isa, only=only, budget=budget)
+    rows = [] if args.isa else run_bars(dtypes, only=only, budget=budget)
+    for isa in [args.isa] if args.isa else limited.ENVIRONMENT:
+        if not list(bars.chosen(isa, only, dtypes)):
+            continue
+        if isa not in check.isas_to_run("all"):
+            print(f"not measured: this machine has no {isa}", file=sys.stderr)
+            continue
+        found = limited.bench(isa, ["attention", "--dtype", *dtypes, "--only", only, "--seconds", str(budget)])
+        rows += [Row(**{**row, "shape": tuple(row["shape"])}) for row in found]
+    if not rows:
+        raise ValueError(f"no line of the bars has {only!r} in its name: {', '.join(line.text for line in bars.LINES)}")
+    return rows
 
 
 def main(args: argparse.Namespace) -> int:
     unknown = [op for op in args.op if op not in cases.OPS]
     if unknown:
         raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(cases.OPS)}")
-    rows = run(
-        args.op or cases.OPS,
-        dtypes=args.dtype,
-        device=args.device,
-        implementation=args.implementation,
-        wanted=[peer for peer in args.peer if not (args.quick and peer == "compile")],
-        shape=args.shape,
-        quick=args.quick,
-        budget=0.2 if args.quick else ROW_SECONDS,
-    )
-    missed = below(rows, args.fail_below) if args.fail_below else below(rows, 0.0)
+    with_bars = wants_bars(args)
+    if not with_bars and (args.only or args.isa):
+        raise ValueError(
+            "--only and --isa choose among the bars: `bench attention` on a CPU, without other cases or peers"
+        )
+    if with_bars:
+        rows = all_bars(args)
+        missed = [row for row in rows if bars.missed(row)]
+    else:
+        rows = run(
+            args.op or cases.OPS,
+            dtypes=args.dtype or ("float32", "bfloat16"),
+            device=args.device,
+            implementation=args.implementation or "auto",
+            wanted=[peer for peer in args.peer or PEERS if not (args.quick and peer == "compile")],
+            shape=args.shape,
+            quick=args.quick,
+            budget=args.seconds or (0.2 if args.quick else ROW_SECONDS),
+        )
+        missed = below(rows, args.fail_below or 0.0)
     if args.json:
         print(json.dumps({"passed": not missed, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
         render(rows)
+        if with_bars:
+            bars.render(rows)
         for row in missed if args.fail_below else []:
             shape = "x".join(map(str, row.shape))
             print(

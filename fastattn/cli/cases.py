@@ -42,8 +42,9 @@ IMPLEMENTATIONS = ("auto", "cuda", "triton", "cpu", "reference")
 class Case:
     """One call. ``options`` are the public function's own keywords, except where a tensor is meant:
 
-    ``nheads_kv`` (int), ``mask`` ("bool" | "additive", drawn at random), ``alibi``, ``sinks``, ``residual``, ``bias``
-    (True gives that tensor), ``rotary`` (the number of rotated components of a head).
+    ``nheads_kv`` (int), ``mask`` ("bool" | "additive", drawn at random; "padding": the second half of the keys is hidden),
+    ``mask_grad`` (False: the additive mask is a constant), ``alibi``, ``sinks``, ``residual``, ``bias`` (True gives that
+    tensor), ``rotary`` (the number of rotated components of a head).
     """
 
     op: str
@@ -193,6 +194,10 @@ def make_tensors(case: Case, dtype: torch.dtype, device: torch.device, seed: int
         draw("v", batch, heads_kv, keys, dim)
         if options.get("mask") == "additive":
             draw("attn_mask", batch, 1, rows, keys)
+            tensors["attn_mask"].requires_grad_(options.get("mask_grad", True))
+        elif options.get("mask") == "padding":
+            keep = torch.arange(keys) < keys // 2
+            tensors["attn_mask"] = keep.expand(batch, 1, 1, keys).contiguous().to(device)
         elif options.get("mask") == "bool":
             keep = torch.rand(batch, 1, rows, keys, generator=generator) < 0.7
             keep[..., 0] = True  # a row that sees nothing is NaN in plain PyTorch, which then measures nothing
@@ -234,7 +239,7 @@ def arguments(case: Case, t: dict[str, Tensor]) -> tuple[Callable[..., Any], lis
     """(function, positional, keywords) of fastattn's own call."""
     from fastattn import ops
 
-    spoken = ("nheads_kv", "mask", "alibi", "sinks", "residual", "weight", "bias", "rotary")
+    spoken = ("nheads_kv", "mask", "mask_grad", "alibi", "sinks", "residual", "weight", "bias", "rotary")
     keywords = {key: value for key, value in case.options.items() if key not in spoken}
     function = getattr(ops, case.op)
     if "attention" in case.op:
@@ -286,7 +291,7 @@ def torch_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rounded_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a·bᵀ in float32, rounded once: torch's float16 product on CPUs runs at 1 GFLOP/s, and this one is no less accurate."""
+    """a·bᵀ in float32, rounded once: no less accurate than torch's 16-bit products on CPUs, some of which run at 1 GFLOP/s."""
     return torch_product(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
 
 
@@ -294,7 +299,7 @@ def plain(case: Case, t: dict[str, Tensor], product: Product | None = None) -> O
     """The same call in torch's own functions, by result name."""
     if product is None:
         first = t["q" if "attention" in case.op else "x"]
-        slow = first.dtype == torch.float16 and first.device.type == "cpu"
+        slow = first.dtype.itemsize == 2 and first.device.type == "cpu"
         product = rounded_product if slow else torch_product
     if "attention" in case.op:
         return _plain_attention(case, t, product)
@@ -317,6 +322,22 @@ def plain(case: Case, t: dict[str, Tensor], product: Product | None = None) -> O
         return {"out": product(_dropped(case, t, hidden), t["w_down"], t.get("b_down"))}
     x = t["x"]
     return {"out": _plain_rope(x, t["cos"].to(x.dtype), t["sin"].to(x.dtype), bool(case.options.get("interleaved")))}
+
+
+def plain_by_head(case: Case, t: dict[str, Tensor]) -> Outputs:
+    """``plain`` of an attention call, one key-value head after the other: O(B·N²) memory instead of O(B·H·N²).
+
+    Not with dropout, whose counters know the head.
+    """
+    heads_kv = t["k"].shape[1]
+    groups = t["q"].shape[1] // heads_kv
+    found: list[Outputs] = []
+    for head in range(heads_kv):
+        mine = slice(head * groups, (head + 1) * groups)
+        part = {**t, "q": t["q"][:, mine], "k": t["k"][:, head : head + 1], "v": t["v"][:, head : head + 1]}
+        part |= {name: t[name][mine] for name in ("alibi_slopes", "sinks") if name in t}
+        found.append(plain(case, part))
+    return {name: torch.cat([outputs[name] for outputs in found], 1) for name in found[0]}
 
 
 def activate(name: str, x: Tensor) -> Tensor:

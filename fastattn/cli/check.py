@@ -54,6 +54,8 @@ class Row:
 def evaluate(outputs: Outputs, tensors: dict[str, Tensor], cotangents: Outputs) -> Outputs:
     """``outputs`` and, under "grad <name>", the gradient of Σ cotangent·output for each tensor that requires one."""
     leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    if not leaves:
+        return outputs
     upstream = [cotangents[name].to(output.dtype) for name, output in outputs.items()]
     gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
     found = {name: output.detach() for name, output in outputs.items()}
@@ -62,18 +64,25 @@ def evaluate(outputs: Outputs, tensors: dict[str, Tensor], cotangents: Outputs) 
 
 
 class Oracle:
-    """What one case's results should be: exact (float64), and plain PyTorch's in the case's dtype."""
+    """What one case's results should be: exact (float64), and plain PyTorch's in the case's dtype.
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    Without ``gradients`` no tensor requires one, and attention without dropout takes O(B·N²) memory.
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, *, gradients: bool = True) -> None:
         self.case = case
         self.terms = cases.reduction_length(case)
         self.tensors = cases.make_tensors(case, dtype, device)
+        by_head = not gradients and "attention" in case.op and not case.options.get("dropout_p")
+        compute = cases.plain_by_head if by_head else cases.plain
+        if not gradients:
+            self.tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
         wide = {name: self._widened(tensor) for name, tensor in self.tensors.items()}
-        exact = cases.plain(case, wide)
+        exact = compute(case, wide)
         generator = torch.Generator().manual_seed(1)
         # Rounded to the outputs' dtype before anyone uses them, so that all three backward passes start from the same
         # numbers.
-        plain = cases.plain(case, self.tensors)
+        plain = compute(case, self.tensors)
         self.cotangents = {
             name: torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
             for name, output in plain.items()
@@ -85,9 +94,13 @@ class Oracle:
     def _widened(tensor: Tensor) -> Tensor:
         return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
 
+    def results(self, outputs: Outputs) -> Outputs:
+        """``outputs`` of a call on ``self.tensors``, and the gradients that follow from them."""
+        return evaluate(outputs, self.tensors, self.cotangents)
+
     def judge(self, implementation: str) -> Iterator[tuple[str, float, float, float]]:
         """(result, error, plain error, bound) of fastattn's call; raises what the call raises."""
-        actual = evaluate(cases.ours(self.case, self.tensors, implementation), self.tensors, self.cotangents)
+        actual = self.results(cases.ours(self.case, self.tensors, implementation))
         for name, exact in self.exact.items():
             error = largest(actual[name].double() - exact)
             plain_error = largest(self.plain[name].double() - exact)
@@ -97,6 +110,12 @@ class Oracle:
 def largest(difference: Tensor) -> float:
     """max |difference|; NaN if there is one, 0 for an empty tensor."""
     return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    """‖actual - exact‖ / ‖exact‖ in the Frobenius norm; the absolute error where ``exact`` is zero."""
+    norm = exact.norm().item()
+    return (actual.double() - exact).norm().item() / (norm or 1.0)
 
 
 def bound(plain_error: float, exact: Tensor, dtype: torch.dtype, terms: int) -> float:

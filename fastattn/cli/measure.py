@@ -92,23 +92,66 @@ def interleave(
 
 
 class MatrixPeak:
-    """The matrix unit's measured limit in FLOP/s per dtype: torch's best square product of this process."""
+    """The matrix unit's measured limit in FLOP/s per dtype: the best square product of this process."""
 
-    SIZES = (1024, 2048)
+    SIZES = (512, 1024, 2048)
+    #: A product that takes longer (s) is not run again, and no larger one: 16-bit products without instructions for them.
+    SLOW = 0.2
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.found: dict[torch.dtype, float] = {}
 
     def __call__(self, dtype: torch.dtype) -> float:
-        # x86 has no float16 matrix product that torch or we use (both convert to float32), so float32's is the limit.
-        if dtype == torch.float16 and self.device.type == "cpu":
-            dtype = torch.float32
+        if dtype.itemsize == 2 and self.device.type == "cpu":
+            # Whoever has no (or no fast) instruction for 16-bit products converts to float32. x86 without AMX-FP16 has
+            # none for float16.
+            wide = self._best(torch.float32)
+            return wide if dtype == torch.float16 else max(wide, self._best(dtype))
+        return self._best(dtype)
+
+    def _best(self, dtype: torch.dtype) -> float:
         if dtype not in self.found:
-            self.found[dtype] = max(self._rate(size, dtype) for size in self.SIZES)
+            self.found[dtype] = 0.0
+            for size in self.SIZES:
+                seconds = self._seconds(size, dtype)
+                # One multiplication and one addition per term.
+                self.found[dtype] = max(self.found[dtype], 2 * size**3 / seconds)
+                if seconds > self.SLOW:
+                    break
         return self.found[dtype]
 
-    def _rate(self, size: int, dtype: torch.dtype) -> float:
+    def _seconds(self, size: int, dtype: torch.dtype) -> float:
+        """The fastest of 8 products of ``size``."""
         a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
-        seconds = min(timed(lambda: a @ b, self.device) for _ in range(6))
-        return 2 * size**3 / seconds  # one multiplication and one addition per term
+        products = [lambda: a @ b]
+        if dtype == torch.float32 and self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            # torch's float32 product is MKL's, which uses no AVX-512 on AMD; oneDNN's does.
+            packed = (a.to_mkldnn(), b.to_mkldnn())
+            products.append(lambda: torch.nn.functional.linear(*packed))
+        best = math.inf
+        for product in products:
+            for _ in range(8):
+                best = min(best, timed(product, self.device))
+                if best > self.SLOW:
+                    break
+        return best
+
+
+class ReadPeak:
+    """The measured rate in bytes/s at which all threads together read memory: the best of torch's reductions over 1 GiB."""
+
+    BYTES = 1 << 30
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found = 0.0
+
+    def __call__(self) -> float:
+        if not self.found:
+            x = torch.ones(self.BYTES // 4, device=self.device)
+            wide = x.view(torch.int64)
+            half = x.numel() // 2
+            reads = (x.sum, wide.sum, lambda: torch.dot(x[:half], x[half:]))
+            self.found = self.BYTES / min(timed(read, self.device) for read in reads for _ in range(5))
+        return self.found

@@ -58,12 +58,13 @@ def _sdpa_arguments(case: Case, t: dict[str, Tensor]) -> tuple[Tensor | None, di
         mask, causal = torch.ones(rows, keys, dtype=torch.bool, device=t["q"].device).tril(keys - rows), False
     scale = case.options.get("softmax_scale", case.options.get("scale"))
     gqa = t["q"].shape[1] != t["k"].shape[1]
-    return mask, {"is_causal": causal, "scale": scale, "enable_gqa": gqa}
+    dropout = case.options.get("dropout_p", 0.0)
+    return mask, {"dropout_p": dropout, "is_causal": causal, "scale": scale, "enable_gqa": gqa}
 
 
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **keywords: Any) -> str:
     """The name of the backend that SDPA picks for this call: flash, efficient, math, cudnn, ..."""
-    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, **keywords)
+    choice = torch._fused_sdp_choice(q, k, v, mask, **keywords)
     return SDPBackend(choice).name.lower().removesuffix("_attention")
 
 

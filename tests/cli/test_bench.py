@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
         # Rows 2, keys 5: bottom-right they see 4 and 5 keys, top-left 1 and 2.
         (Case("attention", (1, 1, 2, 5, 8), {"causal": True}), 4 * 9 * 8, 3.5 * 4 * 9 * 8, "GFLOP/s"),
         (Case("scaled_dot_product_attention", (1, 1, 2, 5, 8), {"is_causal": True}), 4 * 3 * 8, 336, "GFLOP/s"),
+        (Case("attention", (1, 2, 3, 5, 4), {"mask": "padding"}), 4 * 2 * 6 * 4, 3.5 * 4 * 2 * 6 * 4, "GFLOP/s"),
         (Case("layer_norm", (10, 6), {"weight": True}), 2 * 60 * 4, 5 * 60 * 4, "GB/s"),
         (Case("rms_norm", (10, 6), {"residual": True}), 3 * 60 * 4, 7 * 60 * 4, "GB/s"),
         (Case("ffn", (2, 3, 5), {"activation": "gelu"}), 4 * 30, 12 * 30, "GFLOP/s"),
@@ -36,6 +37,8 @@ CPU = torch.device("cpu")
 def test_work_counts(case, forward, both, unit):
     assert bench.work(case, torch.float32, "forward") == (forward, unit)
     assert bench.work(case, torch.float32, "forward+backward") == (both, unit)
+    if unit == "GFLOP/s" and "attention" in case.op:
+        assert bench.work(case, torch.float32, "backward") == (both - forward, unit)
 
 
 def test_percentiles_interpolate():

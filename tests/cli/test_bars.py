@@ -1,0 +1,200 @@
+"""The bars of ``bench attention``: the numbers themselves, what counts as missed, and what is run to judge them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fastattn import __main__ as cli
+from fastattn import ops
+from fastattn.cli import bars, bench, cases, check, limited, measure
+from fastattn.cli.bars import Line
+from fastattn.cli.cases import Case
+
+CPU = torch.device("cpu")
+BERT = "1x12x1024x64"
+#: Line: ratio bars of bfloat16, float32, float16; forward and backward, or forward alone.
+TABLE = {
+    BERT: ((3.2, 4.5), (2.3, 2.3), (4.5, 5)),
+    f"{BERT} causal": ((4, 5), (3, 3), (5, 6)),
+    f"{BERT} mask=padding": ((4, 5), (3, 3), (5, 6)),
+    f"{BERT} mask=additive, mask_grad=False": ((3, 4), (2, 2), (4, 4)),
+    f"{BERT} mask=additive": ((3, 4), (2, 2), (4, 4)),
+    f"{BERT} dropout_p=0.1": ((40, 8), (15, 3), (40, 8)),
+    "1x8x2048x128": ((2.8, 4), (2.3, 2.3), (4.5, 5)),
+    "16x12x128x64": ((3, 25), (2.5, 3), (5, 20)),
+    "16x12x128x64 causal": ((5, 40), (4, 5), (8, 40)),
+    "8x12x384x64": ((3,), (2.5,), (4,)),
+    "8x12x384x64 causal": ((5,), (4,), (7,)),
+    "1x32x4096x128 causal": ((2.8,), (2.2,), (4.5,)),
+    "1x32x1x8192x128 nheads_kv=8": ((2.9,), (2.5,), (6,)),
+    "8x32x1x8192x128 nheads_kv=8": ((3,), (2.5,), (6,)),
+    "1x32x1x8192x128": ((1.2,), (1.1,), (1.6,)),
+    f"{BERT} FASTATTN_ISA=avx512": ((1.2, 2.5), (1.2, 1.25), (1.2, 15)),
+    f"{BERT} FASTATTN_ISA=avx2": ((1.0, 6), (1.05, 1.1), (1.0, 12)),
+}
+
+
+def test_the_bars_are_not_lowered():
+    assert {line.text: (line.bfloat16, line.float32, line.float16) for line in bars.LINES} == TABLE
+    shares = {(line.text, dtype): values for line in bars.LINES for dtype, values in line.roofline.items()}
+    decode = {text for text in TABLE if "x1x8192x" in text}
+    assert shares == {
+        (BERT, "bfloat16"): (32, 25),
+        (BERT, "float32"): (125, 125),
+        ("1x8x2048x128", "bfloat16"): (45, 33),
+        ("1x8x2048x128", "float32"): (125, 125),
+    } | {(text, dtype): (85,) for text in decode for dtype in bars.DTYPES}  # fmt: skip
+
+
+def test_each_line_is_measured_once_per_dtype_in_its_own_process():
+    chosen = [
+        (line.text, dtype) for isa in ("", *limited.ENVIRONMENT) for line, dtype in bars.chosen(isa, "", bars.DTYPES)
+    ]
+    assert sorted(chosen) == sorted((text, dtype) for text in TABLE for dtype in bars.DTYPES)
+    assert [line.text for line, _ in bars.chosen("", "2048x128", ["float16"])] == ["1x8x2048x128"]
+
+
+def test_masks_of_the_lines():
+    small = {
+        line.text: dataclasses.replace(line.case, shape=(2, 3, 7, 8)) for line in bars.LINES if "mask" in line.text
+    }
+    made = {text: cases.make_tensors(case, torch.float32, CPU) for text, case in small.items()}
+    padding = made[f"{BERT} mask=padding"]["attn_mask"]
+    assert padding.shape == (2, 1, 1, 7) and padding.dtype == torch.bool
+    assert padding[0, 0, 0].tolist() == [True] * 3 + [False] * 4
+    assert made[f"{BERT} mask=additive"]["attn_mask"].requires_grad
+    constant = made[f"{BERT} mask=additive, mask_grad=False"]["attn_mask"]
+    assert not constant.requires_grad and constant.shape == (2, 1, 7, 7)
+
+
+def test_decode_reads_keys_and_values_once_per_group():
+    line = next(line for line in bars.LINES if line.text == "8x32x1x8192x128 nheads_kv=8")
+    t = cases.make_tensors(dataclasses.replace(line.case, shape=(8, 32, 1, 16, 4)), torch.bfloat16, CPU)
+    assert t["q"].shape == (8, 32, 1, 4) and t["k"].shape == t["v"].shape == (8, 8, 16, 4)
+    assert bench.work(line.case, torch.bfloat16, "forward") == (2 * 8 * 8 * 8192 * 128 * 2, "GB/s")
+
+
+@pytest.mark.parametrize("options", [{}, {"nheads_kv": 2, "causal": True, "sinks": True}, {"mask": "padding"}])
+def test_plain_by_head_is_plain(options):
+    case = Case("attention", (2, 4, 5, 9, 8), options)
+    t = cases.make_tensors(case, torch.float64, CPU)
+    torch.testing.assert_close(cases.plain_by_head(case, t)["out"], cases.plain(case, t)["out"], rtol=0, atol=1e-14)
+
+
+def test_backward_alone_is_the_backward_pass():
+    case = Case("attention", (1, 2, 5, 9, 8), {"mask": "additive"})
+    oracle = check.Oracle(case, torch.float32, CPU)
+    calls = bench.contenders(case, oracle, "auto", ["sdpa"], "backward")
+    for call in calls.values():
+        for gradients in (call(), call()):  # the graph is kept
+            for name, gradient in zip(("q", "k", "v", "attn_mask"), gradients, strict=True):
+                exact = oracle.exact[f"grad {name}"]
+                assert (gradient.double() - exact).abs().max().item() < 1e-5
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Bars that a machine of any speed passes; the session leaves the number of threads alone afterwards."""
+    monkeypatch.setattr(bars, "ERROR_NOISE", 10.0)  # of a handful of float32 values
+    monkeypatch.setattr(measure.ReadPeak, "BYTES", 1 << 16)
+    monkeypatch.setattr(measure.MatrixPeak, "SIZES", (16,))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _line(shape=(1, 2, 9, 8), bar=(1e-9, 1e-9), **rest) -> Line:
+    return Line(Case("attention", shape), bar, bar, bar, **rest)
+
+
+def _row(**changes) -> bench.Row:
+    start = bench.Row("attention", "", (1, 2, 9, 8), "bfloat16", "forward", "cpu", "avx2", "sdpa:flash", "ok")
+    figures = {"ratio": 3.0, "bar": 3.0, "rate": 1.0, "unit": "GFLOP/s", "roofline_percent": 31.9}
+    return dataclasses.replace(start, **{**figures, **changes})
+
+
+def _errors(relative: float) -> dict[str, dict[str, float]]:
+    return {"out": {"relative": relative, "peer_relative": 1.0, "largest": 1.0, "peer_largest": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"ratio": 2.99}, "ratio 2.99 < 3"),
+        ({"roofline_bar": 32.0}, None),  # of AMX, and this row did not run there
+        ({"roofline_bar": 32.0, "isa": "amx"}, "32% of the roof < 32%"),
+        ({"roofline_bar": 31.9, "isa": "amx"}, None),
+        ({"roofline_bar": 85.0, "unit": "GB/s"}, "32% of the roof < 85%"),
+        ({"errors": _errors(1.04)}, None),
+        ({"errors": _errors(1.06)}, "error of out 1.06 x torch's"),
+        ({"errors": _errors(float("nan"))}, "error of out nan x torch's"),
+        ({"verdict": "FAILED", "note": "out: error"}, "FAILED: out: error"),
+        ({"verdict": "unavailable", "note": "no extension"}, "unavailable: no extension"),
+    ],
+)
+def test_what_is_missed(changes, reason):
+    assert bars.missed(_row(**changes)) == ([reason] if reason else [])
+
+
+def test_exit_code_and_table(short, monkeypatch, capsys):
+    monkeypatch.setattr(bars, "LINES", (_line(), _line((1, 2, 1, 9, 8), (1e-9,))))
+    arguments = ["bench", "attention", "--device", "cpu", "--dtype", "bfloat16", "float32", "--seconds", "0.001"]
+    assert cli.main([*arguments, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["passed"]
+    assert [(row["dtype"], row["direction"]) for row in answer["rows"]] == [
+        ("bfloat16", "forward"), ("bfloat16", "backward"), ("float32", "forward"), ("float32", "backward"),
+        ("bfloat16", "forward"), ("float32", "forward"),
+    ]  # fmt: skip
+    for row in answer["rows"]:
+        assert row["bar"] == 1e-9 and row["threads"] == 2 and row["peer"].startswith("sdpa")
+        names = {"forward": {"out"}, "backward": {"grad q", "grad k", "grad v"}}[row["direction"]]
+        assert set(row["errors"]) == names
+        for error in row["errors"].values():
+            assert 0 < error["relative"] <= 10 * error["peer_relative"]
+            assert error["relative"] < {"bfloat16": 1e-2, "float32": 1e-6}[row["dtype"]]
+    assert answer["rows"][-1]["unit"] == "GB/s"
+
+    monkeypatch.setattr(bars, "LINES", (_line(bar=(1e-9, 1e9)),))
+    assert cli.main(arguments) == 1
+    text = capsys.readouterr().out
+    assert text.count("< 1e+09") >= 2 and "missed: 1x2x9x8 bfloat16 backward: ratio" in text
+    assert "missed: 1x2x9x8 bfloat16 forward: ratio" not in text
+
+
+def test_a_wrong_result_is_missed_and_has_no_figure(short, monkeypatch, capsys):
+    monkeypatch.setattr(bars, "LINES", (_line(),))
+    right = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
+    assert cli.main(["bench", "attention", "--dtype", "float32", "--seconds", "0.001"]) == 1
+    text = capsys.readouterr().out
+    assert "missed: 1x2x9x8 float32: FAILED: out: error" in text and "≥" not in text
+
+
+def test_only_and_isa_are_for_the_bars():
+    for arguments in (
+        ["rope", "--only", "x"],
+        ["attention", "--quick", "--isa", "avx2"],
+        ["attention", "--only", "nosuch"],
+    ):
+        assert cli.main(["bench", *arguments]) == 2
+
+
+def test_limited_process(monkeypatch):
+    isa = next((isa for isa in check.isas_to_run("all") if isa in limited.ENVIRONMENT), None)
+    if isa is None:
+        pytest.skip("this machine has none of the instruction sets that the bars are limited to")
+    script = (
+        "import json, torch, fastattn._native as n\n"
+        "print(json.dumps({'rows': [[n.current_isa(), torch.backends.cpu.get_cpu_capability()]]}))"
+    )
+    monkeypatch.setattr(limited, "COMMAND", ("-c", script))
+    assert limited.bench(isa, []) == [[isa, isa.upper()]]
+    monkeypatch.setattr(limited, "COMMAND", ("-c", "raise SystemExit('broken')"))
+    with pytest.raises(RuntimeError, match=f"FASTATTN_ISA={isa} .* failed: broken"):
+        limited.bench(isa, [])
