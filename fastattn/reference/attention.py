@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,8 +104,15 @@ def masked_attention(
     never read, so NaN in them reaches nothing.
     """
     if sequences is not None:
-        options = (softmax_scale, window_left, window_right, softcap, dropout_p, rng_state)
-        return _each_sequence(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table, options)
+        common = {
+            "softmax_scale": softmax_scale,
+            "window_left": window_left,
+            "window_right": window_right,
+            "softcap": softcap,
+            "dropout_p": dropout_p,
+            "rng_state": rng_state,
+        }
+        return _each_sequence(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table, common)
     accumulate = accumulation_dtype(q.dtype)
     batch, heads, rows, _ = q.shape
     columns = k.shape[2]
@@ -162,11 +170,14 @@ def _each_sequence(
     sinks: Tensor | None,
     sequences: Tensor,
     block_table: Tensor | None,
-    options: tuple[float, int, int, float, float, Tensor | None],
+    common: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """One call per sequence, put together: rows that no sequence has give zeros and lse = -inf."""
-    softmax_scale, window_left, window_right, softcap, dropout_p, rng_state = options
     batch, heads, total_rows, _ = q.shape
+    if sequences.shape[0] == 0:  # no row of any sequence, still part of the graph
+        own_k, own_v = k[:batch, :, :0], v[:batch, :, :0]
+        out, lse = masked_attention(q, own_k, own_v, None, alibi_slopes, sinks, diagonal=0, **common)
+        return out, lse.masked_fill(lse > -torch.inf, -torch.inf)
     outs, lses, places = [], [], []
     for s, (q_begin, rows, k_begin, keys, diagonal) in enumerate(sequences.tolist()):
         entry = s if batch > 1 else 0
@@ -183,23 +194,17 @@ def _each_sequence(
             mask,
             slopes,
             sinks,
-            softmax_scale=softmax_scale,
-            window_left=window_left,
-            window_right=window_right,
             diagonal=diagonal,
-            softcap=softcap,
-            dropout_p=dropout_p,
-            rng_state=rng_state,
             first_head=s * heads,
+            **common,
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0].transpose(0, 1))
         places.append(torch.arange(rows, device=q.device) + (entry * total_rows + q_begin))
     out = q.new_zeros(batch * total_rows, heads, v.shape[3])
     lse = q.new_full((batch * total_rows, heads), -torch.inf, dtype=accumulation_dtype(q.dtype))
-    if outs:
-        place = torch.cat(places)
-        out, lse = out.index_copy(0, place, torch.cat(outs)), lse.index_copy(0, place, torch.cat(lses))
+    place = torch.cat(places)
+    out, lse = out.index_copy(0, place, torch.cat(outs)), lse.index_copy(0, place, torch.cat(lses))
     out, lse = (x.unflatten(0, (batch, total_rows)).transpose(1, 2) for x in (out, lse))
     return out, lse
 

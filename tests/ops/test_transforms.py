@@ -32,6 +32,24 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slopes: Tensor, si
     return out * lse.unsqueeze(-1)
 
 
+def _attention_varlen(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+    out, lse = fastattn.attention_varlen(
+        q,
+        k,
+        v,
+        torch.tensor([0, 2, 2, 5], dtype=torch.int32),
+        torch.tensor([0, 4, 5, 6], dtype=torch.int32),
+        causal=True,
+        alibi_slopes=slopes,
+        sinks=sinks,
+        dropout_p=0.2,
+        rng_state=RNG,
+        return_lse=True,
+        implementation="cpu",
+    )
+    return out * lse.transpose(0, 1).unsqueeze(-1)
+
+
 def _layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y, h = fastattn.layer_norm(
         x,
@@ -71,6 +89,7 @@ def _rope(x: Tensor) -> Tensor:
 
 OPS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "attention": (_attention, ((1, 2, 5, 4), (1, 1, 6, 4), (1, 1, 6, 3), (2, 1, 6), (2,), (2,))),
+    "attention_varlen": (_attention_varlen, ((5, 2, 4), (6, 1, 4), (6, 1, 3), (3, 2), (2,))),
     "layer_norm": (_layer_norm, ((3, 6), (3, 6), (6,), (6,))),
     "rms_norm": (_rms_norm, ((3, 6), (6,))),
     "residual_norm": (_residual_norm, ((3, 6), (3, 6))),
