@@ -44,7 +44,8 @@ class Case:
 
     ``nheads_kv`` (int), ``mask`` ("bool" | "additive", drawn at random; "padding": the second half of the keys is hidden),
     ``mask_grad`` (False: the additive mask is a constant), ``alibi``, ``sinks``, ``residual``, ``bias`` (True gives that
-    tensor), ``rotary`` (the number of rotated components of a head).
+    tensor), ``lengths`` (key_lengths drawn at random), ``packed`` (the batch through attention_varlen), ``rotary`` (the number
+    of rotated components of a head).
     """
 
     op: str
@@ -126,6 +127,8 @@ def full_cases(op: str) -> list[Case]:
             Case(op, (2, 4, 70, 90, 64), {"sinks": True, "return_lse": True}),
             Case(op, (1, 2, 300, 300, 256), {"softmax_scale": 0.03}),
             Case(op, (2, 4, 70, 90, 64), {"causal": True, "dropout_p": 0.5}),
+            Case(op, (3, 4, 70, 90, 64), {"lengths": True, "nheads_kv": 2}),
+            Case(op, (3, 4, 61, 85, 40), {"packed": True, "causal": True, "dropout_p": 0.5}),
         ],
         "scaled_dot_product_attention": [
             Case(op, (1, 3, 97, 65, 32), {"is_causal": True}),
@@ -202,6 +205,8 @@ def make_tensors(case: Case, dtype: torch.dtype, device: torch.device, seed: int
             keep = torch.rand(batch, 1, rows, keys, generator=generator) < 0.7
             keep[..., 0] = True  # a row that sees nothing is NaN in plain PyTorch, which then measures nothing
             tensors["attn_mask"] = keep.to(device)
+        if options.get("lengths"):
+            tensors["key_lengths"] = torch.randint(1, keys + 1, (batch,), generator=generator)
         if options.get("alibi"):
             slopes = torch.tensor([2.0 ** (-8.0 * (h + 1) / heads) for h in range(heads)])
             tensors["alibi_slopes"] = slopes.to(device, wide).requires_grad_()
@@ -239,13 +244,27 @@ def arguments(case: Case, t: dict[str, Tensor]) -> tuple[Callable[..., Any], lis
     """(function, positional, keywords) of fastattn's own call."""
     from fastattn import ops
 
-    spoken = ("nheads_kv", "mask", "mask_grad", "alibi", "sinks", "residual", "weight", "bias", "rotary")
+    spoken = (
+        "nheads_kv",
+        "mask",
+        "mask_grad",
+        "lengths",
+        "packed",
+        "alibi",
+        "sinks",
+        "residual",
+        "weight",
+        "bias",
+        "rotary",
+    )
     keywords = {key: value for key, value in case.options.items() if key not in spoken}
     function = getattr(ops, case.op)
     if "attention" in case.op:
         tensors: dict[str, Any] = {
-            key: t[key] for key in ("attn_mask", "alibi_slopes", "sinks", "rng_state") if key in t
+            key: t[key] for key in ("attn_mask", "key_lengths", "alibi_slopes", "sinks", "rng_state") if key in t
         }
+        if case.options.get("packed"):
+            function = _packed_attention
         if case.op == "scaled_dot_product_attention" and t["q"].shape[1] != t["k"].shape[1]:
             keywords["enable_gqa"] = True
         return function, [t["q"], t["k"], t["v"]], {**tensors, **keywords}
@@ -253,6 +272,17 @@ def arguments(case: Case, t: dict[str, Tensor]) -> tuple[Callable[..., Any], lis
         tensors = {key: t[key] for key in ("weight", "bias", "residual", "rng_state") if key in t}
         return function, [t["x"], (case.shape[1],)], {**tensors, **keywords}
     return function, [], {**t, **keywords}
+
+
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
+    """attention_varlen of the batch entries one after the other, each a sequence."""
+    from fastattn import ops
+
+    batch, rows, keys = q.shape[0], q.shape[2], k.shape[2]
+    cu_seqlens = [torch.arange(batch + 1, dtype=torch.int32) * length for length in (rows, keys)]
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    out: Tensor = ops.attention_varlen(*packed, *cu_seqlens, **keywords)  # type: ignore[assignment]
+    return out.unflatten(0, (batch, rows)).transpose(1, 2)
 
 
 def ours(case: Case, t: dict[str, Tensor], implementation: str) -> Outputs:
@@ -385,6 +415,9 @@ def _plain_attention(case: Case, t: dict[str, Tensor], product: Product) -> Outp
     mask = t.get("attn_mask")
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if "key_lengths" in t:
+        padding = torch.arange(keys, device=q.device) >= t["key_lengths"].to(q.device)[:, None, None, None]
+        scores = scores.masked_fill(padding, -math.inf)
     left, right = options.get("window_size", (-1, -1))
     if options.get("causal") or options.get("is_causal"):
         right = 0
