@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
 #include <optional>
 
@@ -34,11 +36,21 @@ inline bool is_contiguous(const OptionalTensor& x) { return !x.has_value() || x-
 // rng_state: int64 (seed, offset).
 Dropout make_dropout(double p, const OptionalTensor& rng_state);
 
-// f(Range) over [0, items) on torch's threads; a thread gets at least `grain` items. Exceptions reach the caller.
+// f(Range) over [0, items) on torch's threads; a thread gets at least `grain` items. The first exception reaches the
+// caller as it was thrown: through torch's C interface it would arrive as "API call failed".
 template <class F>
 void parallel_for(int64_t items, int64_t grain, const F& f) {
   if (items <= 0) return;
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(Range{begin, end}); });
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(Range{begin, end});
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+    }
+  });
+  if (failed) std::rethrow_exception(failure);
 }
 
 }  // namespace fastattn

@@ -252,27 +252,6 @@ def test_empty(implementation: str, sizes: tuple[int, int, int, int]) -> None:
         assert gradient.abs().sum() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_do_not_depend_on_threads_run_or_batch(compiled: str, dtype: torch.dtype) -> None:
-    inputs = _inputs((3, 4, 2, 130, 130, 32, 32), dtype)
-    threads = torch.get_num_threads()
-
-    def run(tensors: list[Tensor]) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out = fastattn.attention(*leaves, causal=True, implementation=compiled)
-        return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
-
-    try:
-        expected = run(inputs)
-        for count in (1, 3, 4):
-            torch.set_num_threads(count)
-            assert all(torch.equal(a, b) for a, b in zip(run(inputs), expected, strict=True)), f"{count} threads"
-    finally:
-        torch.set_num_threads(threads)
-    alone = run([t[1:2] for t in inputs])
-    assert all(torch.equal(a, b[1:2]) for a, b in zip(alone, expected, strict=True)), "batch"
-
-
 SDPA_CASES = [
     ((2, 3, 9, 8), (2, 3, 9, 8), {}),
     ((2, 3, 9, 8), (2, 3, 14, 8), {"is_causal": True}),

@@ -157,24 +157,3 @@ def test_a_bad_key_reaches_only_the_rows_that_see_it(isa: str, rows: int, dtype:
         for a, b in zip(step(poisoned_k, poisoned_v), clean, strict=True):
             assert torch.equal(a[:, :, :before], b[:, :, :before])
         assert not torch.isfinite(step(k, poisoned_v)[0][:, :, before:, 3]).any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_are_the_same_bits_however_the_work_is_split(dtype: torch.dtype) -> None:
-    """One thread takes whole heads, many threads take query blocks and key blocks."""
-    case = CASES["everything"]
-    tensors = make_tensors(case, dtype)
-    upstream = (torch.randn(2, 4, 67, 19).to(dtype), torch.randn(2, 4, 67))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results.append(
-                run(fastattn.attention, case, tensors, False, upstream, return_lse=True, implementation="cpu")
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        for name, value in result.items():
-            assert torch.equal(value, results[0][name]), name
