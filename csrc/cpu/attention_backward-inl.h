@@ -8,6 +8,13 @@
 // Sums run over query blocks (and the heads of a group) and over key blocks in ascending order, whatever the stage, so
 // that results depend neither on the number of threads nor on which stages computed them.
 
+// Query blocks of a chunk: up to so many, and so many bytes of them with their gradients. Half of a 1 MiB L2 cache; the
+// other half is for one block of keys, values and their gradients.
+constexpr int64_t kQueryBlocksResident = 8;
+constexpr int64_t kResidentQueries = 192 << 10;
+// Key blocks of a chunk in stage kKeys, for which queries are prepared once.
+constexpr int64_t kKeyBlocksTogether = 4;
+
 template <class S>
 class AttentionBackward {
  public:
@@ -24,11 +31,7 @@ class AttentionBackward {
         for_keys_(p.stage == AttentionStage::kAll || p.stage == AttentionStage::kKeys),
         keys_(scratch, p.keys, p.head_dim),
         values_(scratch, p.keys, p.head_dim_v),
-        keys_transposed_(scratch, for_queries_ ? p.keys : 0, p.head_dim),
-        q_transposed_(scratch.take<T>(G::packed_size(p.head_dim, kAttentionQueries))),
-        dout_transposed_(scratch.take<T>(G::packed_size(p.head_dim_v, kAttentionQueries))),
-        q_(scratch.take<T>(for_keys_ ? G::packed_size(kAttentionQueries, p.head_dim) : 0)),
-        dout_(scratch.take<T>(for_keys_ ? G::packed_size(kAttentionQueries, p.head_dim_v) : 0)),
+        key_columns_(scratch, for_queries_ ? p.keys : 0, p.head_dim, &keys_),
         staged_(scratch.take<S>(2 * kAttentionQueries * std::max(p.head_dim, p.head_dim_v))),
         s_(scratch.take<A>(kTile)),
         dp_(scratch.take<A>(kTile)),
@@ -38,46 +41,80 @@ class AttentionBackward {
         p_rows_(scratch.take<T>(kTile * G::kParts)),
         ds_rows_(scratch.take<T>(kTile * G::kParts)),
         ds_packed_(scratch.take<T>(G::packed_size(kAttentionKeys, kAttentionQueries))),
-        dq_(scratch.take<A>(p.head_dim * kAttentionQueries)),
         dk_(scratch.take<A>(accumulated_keys() * p.head_dim)),
         dv_(scratch.take<A>(accumulated_keys() * p.head_dim_v)),
-        mask_sum_(scratch.take<A>(p.stage == AttentionStage::kMask ? kTile : 0)),
-        lse_(scratch.take<A>(kAttentionQueries)),
-        delta_(scratch.take<A>(kAttentionQueries)),
-        slope_sum_(scratch.take<A>(kAttentionQueries)) {}
+        mask_sum_(scratch.take<A>(p.stage == AttentionStage::kMask ? kTile : 0)) {
+    for (int64_t i = 0; i < queries_together(); ++i) {
+      QueryBlock& x = state_[i];
+      x.q_transposed = scratch.take<T>(G::packed_size(p.head_dim, kAttentionQueries));
+      x.dout_transposed = scratch.take<T>(G::packed_size(p.head_dim_v, kAttentionQueries));
+      x.q = scratch.take<T>(for_keys_ ? G::packed_size(kAttentionQueries, p.head_dim) : 0);
+      x.dout = scratch.take<T>(for_keys_ ? G::packed_size(kAttentionQueries, p.head_dim_v) : 0);
+      x.dq = scratch.take<A>(for_queries_ ? p.head_dim * kAttentionQueries : 0);
+      x.lse = scratch.take<A>(kAttentionQueries);
+      x.delta = scratch.take<A>(kAttentionQueries);
+      x.slope_sum = scratch.take<A>(kAttentionQueries);
+    }
+  }
 
   void run(Range range) {
-    for (int64_t item = range.begin; item < range.end; ++item) {
+    for (int64_t item = range.begin; item < range.end;) {
       switch (p_.stage) {
         case AttentionStage::kAll:
-          all_of_head(item);
+          all_of_head(item, item + 1 < range.end);
+          item += 1;
           break;
         case AttentionStage::kQueries: {
-          const auto [b, h, block] = block_item(p_, p_.heads, query_blocks(), item);
-          query_block(b, h, block);
+          const auto [b, h, first] = block_item(p_, p_.heads, query_blocks(), item);
+          select_keys(b, h / group());
+          const int64_t count = std::min({queries_together(), query_blocks() - first, range.end - item});
+          query_chunk(b, h, first, count, false);
+          item += count;
           break;
         }
         case AttentionStage::kKeys: {
-          const auto [b, kv, block] = block_item(p_, p_.heads_kv, key_blocks(), item);
-          key_block(b, kv, block);
+          const auto [b, kv, first] = block_item(p_, p_.heads_kv, key_blocks(), item);
+          select_keys(b, kv);
+          const int64_t count = std::min({kKeyBlocksTogether, key_blocks() - first, range.end - item});
+          key_chunk(b, kv, first, count);
+          item += count;
           break;
         }
         case AttentionStage::kMask:
-          mask_tile(item);
+          mask_tile(item++);
           break;
         case AttentionStage::kFinish:
-          finish_head(item);
+          finish_head(item++);
           break;
       }
     }
   }
 
  private:
+  struct QueryBlock {
+    ScoreBlock block;
+    Range visible;
+    T *q_transposed, *dout_transposed, *q, *dout;
+    A *dq, *lse, *delta, *slope_sum;
+  };
+
   int64_t query_blocks() const { return (p_.rows + kAttentionQueries - 1) / kAttentionQueries; }
   int64_t key_blocks() const { return (p_.keys + kAttentionKeys - 1) / kAttentionKeys; }
   int64_t group() const { return p_.heads / p_.heads_kv; }
   int64_t accumulated_keys() const {
-    return !for_keys_ ? 0 : p_.stage == AttentionStage::kAll ? p_.keys : std::min(p_.keys, kAttentionKeys);
+    return !for_keys_                         ? 0
+           : p_.stage == AttentionStage::kAll ? p_.keys
+                                              : std::min(p_.keys, kKeyBlocksTogether * kAttentionKeys);
+  }
+
+  // Query blocks that stay in L2 while the keys pass, so that keys, values and their gradients come from afar once for
+  // all of them.
+  int64_t queries_together() const {
+    if (!for_queries_) return 1;
+    const int64_t operand = sizeof(T) * (for_keys_ ? 2 : 1), sum = sizeof(A);
+    const int64_t bytes = kAttentionQueries * ((p_.head_dim + p_.head_dim_v) * operand + p_.head_dim * sum);
+    return std::max<int64_t>(1,
+                             std::min<int64_t>(kQueryBlocksResident, kResidentQueries / std::max<int64_t>(1, bytes)));
   }
 
   void select_keys(int64_t b, int64_t kv) {
@@ -87,55 +124,98 @@ class AttentionBackward {
     const S* k = static_cast<const S*>(p_.k) + b * p_.k_stride[0] + kv * p_.k_stride[1] + p_.first_key * p_.k_stride[2];
     const S* v = static_cast<const S*>(p_.v) + b * p_.v_stride[0] + kv * p_.v_stride[1] + p_.first_key * p_.v_stride[2];
     keys_.reset(k, p_.k_stride[2], p_.keys);
-    if (for_queries_) keys_transposed_.reset(k, p_.k_stride[2], p_.keys);
+    if (for_queries_) key_columns_.reset(k, p_.k_stride[2], p_.keys);
     values_.reset(v, p_.v_stride[2], p_.keys);
   }
 
-  void all_of_head(int64_t item) {
-    const int64_t b = item / p_.heads_kv, kv = item % p_.heads_kv;
+  void all_of_head(int64_t item, bool more) {
+    const int64_t b = item / p_.heads_kv, kv = item % p_.heads_kv, last = (kv + 1) * group() - 1;
     select_keys(b, kv);
     first_key_ = 0;
     clear_keys(p_.keys);
-    for (int64_t h = kv * group(); h < (kv + 1) * group(); ++h) {
-      for (int64_t i = 0; i < query_blocks(); ++i) query_block(b, h, i);
+    for (int64_t h = kv * group(); h <= last; ++h) {
+      for (int64_t i = 0; i < query_blocks(); i += queries_together()) {
+        const int64_t count = std::min(queries_together(), query_blocks() - i);
+        query_chunk(b, h, i, count, more && h == last && i + count == query_blocks());
+      }
     }
     write_keys(b, kv, p_.keys);
   }
 
-  void query_block(int64_t b, int64_t h, int64_t index) {
-    ScoreBlock block = prepare_queries(b, h, index);
-    std::fill_n(dq_, p_.head_dim * block.lanes, A(0));
-    const Range visible = visible_keys(p_, block.row, block.rows);
-    for (int64_t j = visible.begin; j < visible.end; j += block.keys) {
-      block.key = j;
-      block.keys = std::min((j / kAttentionKeys + 1) * kAttentionKeys, visible.end) - j;
-      pair(block);
+  // The query blocks [first, first + count) of a head with all keys, block of keys by block of keys. next_head: what
+  // the next kv head starts with may be fetched.
+  void query_chunk(int64_t b, int64_t h, int64_t first, int64_t count, bool next_head) {
+    Range keys{p_.keys, 0};
+    for (int64_t i = 0; i < count; ++i) {
+      prepare_queries(b, h, first + i, &state_[i]);
+      std::fill_n(state_[i].dq, p_.head_dim * state_[i].block.lanes, A(0));
+      keys.begin = std::min(keys.begin, state_[i].visible.begin);
+      keys.end = std::max(keys.end, state_[i].visible.end);
     }
-    const V scale(static_cast<A>(p_.scale));
-    for (int64_t i = 0; i < p_.head_dim * block.lanes; i += V::kLanes) (V::load(dq_ + i) * scale).store(dq_ + i);
-    const int64_t row = row_index(p_, b, h) + block.row;
-    transpose_block(dq_, block.lanes, p_.head_dim, block.rows, static_cast<S*>(p_.dq) + row * p_.head_dim, p_.head_dim);
-    if (p_.delta != nullptr) std::copy_n(delta_, block.rows, static_cast<A*>(p_.delta) + row);
-    if (p_.slope_rows != nullptr) std::copy_n(slope_sum_, block.rows, static_cast<A*>(p_.slope_rows) + row);
+    ahead_.clear();
+    if (next_head && p_.sequences == nullptr) fetch_head(cached_ + 1);
+    for (int64_t from = keys.begin / kAttentionKeys * kAttentionKeys; from < keys.end; from += kAttentionKeys) {
+      for (int64_t i = 0; i < count; ++i) pair_within(state_[i], Range{from, from + kAttentionKeys});
+    }
+    for (int64_t i = 0; i < count; ++i) write_queries(state_[i]);
   }
 
-  void key_block(int64_t b, int64_t kv, int64_t index) {
-    select_keys(b, kv);
-    first_key_ = index * kAttentionKeys;
-    const int64_t end = std::min(p_.keys, first_key_ + kAttentionKeys);
+  void write_queries(const QueryBlock& x) {
+    const ScoreBlock& block = x.block;
+    const V scale(static_cast<A>(p_.scale));
+    for (int64_t i = 0; i < p_.head_dim * block.lanes; i += V::kLanes) (V::load(x.dq + i) * scale).store(x.dq + i);
+    const int64_t row = row_index(p_, block.batch, block.head) + block.row;
+    transpose_block(x.dq, block.lanes, p_.head_dim, block.rows, static_cast<S*>(p_.dq) + row * p_.head_dim,
+                    p_.head_dim);
+    if (p_.delta != nullptr) std::copy_n(x.delta, block.rows, static_cast<A*>(p_.delta) + row);
+    if (p_.slope_rows != nullptr) std::copy_n(x.slope_sum, block.rows, static_cast<A*>(p_.slope_rows) + row);
+  }
+
+  // The key blocks [first, first + count) of a kv head with all queries that see them.
+  void key_chunk(int64_t b, int64_t kv, int64_t first, int64_t count) {
+    first_key_ = first * kAttentionKeys;
+    const int64_t end = std::min(p_.keys, (first + count) * kAttentionKeys);
     clear_keys(end - first_key_);
     for (int64_t h = kv * group(); h < (kv + 1) * group(); ++h) {
       for (int64_t i = 0; i < query_blocks(); ++i) {
         const int64_t row = i * kAttentionQueries;
         const Range visible = visible_keys(p_, row, std::min(kAttentionQueries, p_.rows - row));
-        const int64_t from = std::max(first_key_, visible.begin), to = std::min(end, visible.end);
-        if (from >= to) continue;
-        ScoreBlock block = prepare_queries(b, h, i);
-        block.key = from, block.keys = to - from;
-        pair(block);
+        if (std::max(first_key_, visible.begin) >= std::min(end, visible.end)) continue;
+        prepare_queries(b, h, i, &state_[0]);
+        for (int64_t j = first_key_; j < end; j += kAttentionKeys) {
+          pair_within(state_[0], Range{j, j + kAttentionKeys});
+        }
       }
     }
     write_keys(b, kv, end - first_key_);
+  }
+
+  // The pair of a query block with those of the keys that it sees, if any.
+  bool pair_within(const QueryBlock& x, Range keys) {
+    ScoreBlock block = x.block;
+    block.key = std::max(keys.begin, x.visible.begin);
+    block.keys = std::min(keys.end, x.visible.end) - block.key;
+    return block.keys > 0 && pair(x, block);
+  }
+
+  // What the first query blocks of the kv head `head` read, and where the results of this one go.
+  void fetch_head(int64_t head) {
+    const int64_t size = sizeof(S), b = head / p_.heads_kv, kv = head % p_.heads_kv, h = kv * group();
+    const int64_t rows = std::min(queries_together() * kAttentionQueries, p_.rows);
+    const int64_t keys = std::min(kAttentionKeys, p_.keys);
+    const auto add = [&](const void* x, const int64_t (&stride)[3], int64_t index, int64_t channels, int64_t count) {
+      const S* from = static_cast<const S*>(x) + b * stride[0] + index * stride[1];
+      ahead_.add(from, channels * size, stride[2] * size, count);
+    };
+    add(p_.q, p_.q_stride, h, p_.head_dim, rows);
+    add(p_.dout, p_.dout_stride, h, p_.head_dim_v, rows);
+    add(p_.out, p_.out_stride, h, p_.head_dim_v, rows);
+    add(p_.k, p_.k_stride, kv, p_.head_dim, keys);
+    add(p_.v, p_.v_stride, kv, p_.head_dim_v, keys);
+    const S* dk = static_cast<const S*>(p_.dk) + (head - 1) * p_.keys * p_.head_dim;
+    const S* dv = static_cast<const S*>(p_.dv) + (head - 1) * p_.keys * p_.head_dim_v;
+    ahead_.add(dk, p_.head_dim * size, p_.head_dim * size, keys);
+    ahead_.add(dv, p_.head_dim_v * size, p_.head_dim_v * size, keys);
   }
 
   void clear_keys(int64_t count) {
@@ -159,41 +239,43 @@ class AttentionBackward {
 
   // Packs q and dout of one query block, computes its lse and delta lanes. Rows that saw nothing enter as zeros with
   // lse = +inf, which makes their probabilities zero.
-  ScoreBlock prepare_queries(int64_t b, int64_t h, int64_t index) {
+  void prepare_queries(int64_t b, int64_t h, int64_t index, QueryBlock* x) {
     select_keys(b, h / group());
     const int64_t row = index * kAttentionQueries;
-    ScoreBlock block{b, h, row, std::min(kAttentionQueries, p_.rows - row), 0, 0, 0};
-    block.lanes = round_up(block.rows, G::kNr);
+    x->block = ScoreBlock{b, h, row, std::min(kAttentionQueries, p_.rows - row), 0, 0, 0};
+    const ScoreBlock& block = x->block;
+    x->block.lanes = round_up(block.rows, G::kNr);
+    x->visible = visible_keys(p_, row, block.rows);
     const int64_t at = p_.first_row + row;
     const S* q = static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + at * p_.q_stride[2];
     const S* dout =
         static_cast<const S*>(p_.dout) + b * p_.dout_stride[0] + h * p_.dout_stride[1] + at * p_.dout_stride[2];
     const S* out = static_cast<const S*>(p_.out) + b * p_.out_stride[0] + h * p_.out_stride[1] + at * p_.out_stride[2];
     int64_t ld_q = p_.q_stride[2], ld_dout = p_.dout_stride[2];
-    if (statistics(block, dout, out)) {
+    if (statistics(*x, dout, out)) {
       S* staged = staged_ + kAttentionQueries * p_.head_dim;
-      stage_rows(q, ld_q, block.rows, p_.head_dim, staged_);
-      stage_rows(dout, ld_dout, block.rows, p_.head_dim_v, staged);
+      stage_rows(*x, q, ld_q, p_.head_dim, staged_);
+      stage_rows(*x, dout, ld_dout, p_.head_dim_v, staged);
       q = staged_, ld_q = p_.head_dim, dout = staged, ld_dout = p_.head_dim_v;
     }
-    G::pack_transposed(q, ld_q, p_.head_dim, block.rows, q_transposed_);
-    G::pack_transposed(dout, ld_dout, p_.head_dim_v, block.rows, dout_transposed_);
+    G::pack_transposed(q, ld_q, p_.head_dim, block.rows, x->q_transposed);
+    G::pack_transposed(dout, ld_dout, p_.head_dim_v, block.rows, x->dout_transposed);
     if (for_keys_) {
-      G::pack(q, ld_q, block.rows, p_.head_dim, q_);
-      G::pack(dout, ld_dout, block.rows, p_.head_dim_v, dout_);
+      G::pack(q, ld_q, block.rows, p_.head_dim, x->q);
+      G::pack(dout, ld_dout, block.rows, p_.head_dim_v, x->dout);
     }
-    return block;
   }
 
   // Returns whether some row saw nothing.
-  bool statistics(const ScoreBlock& block, const S* dout, const S* out) {
+  bool statistics(const QueryBlock& x, const S* dout, const S* out) {
+    const ScoreBlock& block = x.block;
     constexpr A kInf = std::numeric_limits<A>::infinity();
     const int64_t row = row_index(p_, block.batch, block.head) + block.row;
     const A *lse = static_cast<const A*>(p_.lse) + row, *dlse = static_cast<const A*>(p_.dlse) + row;
     bool hidden = false;
-    std::fill_n(lse_, block.lanes, kInf);
-    std::fill_n(delta_, block.lanes, A(0));
-    std::fill_n(slope_sum_, block.lanes, A(0));
+    std::fill_n(x.lse, block.lanes, kInf);
+    std::fill_n(x.delta, block.lanes, A(0));
+    std::fill_n(x.slope_sum, block.lanes, A(0));
     for (int64_t c = 0; c < block.rows; ++c) {
       if (lse[c] == -kInf) {
         hidden = true;
@@ -204,15 +286,15 @@ class AttentionBackward {
         const int64_t n = std::min<int64_t>(V::kLanes, p_.head_dim_v - d);
         sum = fma(V::load_n(dout + c * p_.dout_stride[2] + d, n), V::load_n(out + c * p_.out_stride[2] + d, n), sum);
       }
-      lse_[c] = lse[c] * kLogUnit<A>;
-      delta_[c] = reduce_add(sum) - (p_.dlse != nullptr ? dlse[c] : A(0));
+      x.lse[c] = lse[c] * kLogUnit<A>;
+      x.delta[c] = reduce_add(sum) - (p_.dlse != nullptr ? dlse[c] : A(0));
     }
     return hidden;
   }
 
-  void stage_rows(const S* from, int64_t ld, int64_t rows, int64_t channels, S* to) {
-    for (int64_t c = 0; c < rows; ++c) {
-      if (lse_[c] == std::numeric_limits<A>::infinity()) {
+  void stage_rows(const QueryBlock& x, const S* from, int64_t ld, int64_t channels, S* to) {
+    for (int64_t c = 0; c < x.block.rows; ++c) {
+      if (x.lse[c] == std::numeric_limits<A>::infinity()) {
         std::fill_n(to + c * channels, channels, S{});
       } else {
         std::copy_n(from + c * ld, channels, to + c * channels);
@@ -221,54 +303,50 @@ class AttentionBackward {
   }
 
   // Leaves dS^T before the softcap's factor in dp_ if the stage is kMask. Returns whether the block contributed.
-  bool pair(const ScoreBlock& block) {
+  bool pair(const QueryBlock& x, const ScoreBlock& block) {
     if (p_.mask != nullptr && !load_mask_tile(p_, block, mask_)) return false;
-    G::multiply(keys_.row(block.key), keys_.ld(), q_transposed_, block.keys, block.lanes, p_.head_dim, s_, block.lanes,
+    G::multiply(keys_.row(block.key), keys_.ld(), x.q_transposed, block.keys, block.lanes, p_.head_dim, s_, block.lanes,
                 false);
-    G::multiply(values_.row(block.key), values_.ld(), dout_transposed_, block.keys, block.lanes, p_.head_dim_v, dp_,
+    G::multiply(values_.row(block.key), values_.ld(), x.dout_transposed, block.keys, block.lanes, p_.head_dim_v, dp_,
                 block.lanes, false);
     if (p_.dropout.threshold != 0) dropout_tile(p_, block, drop_);
     if (needs_finish(p_, block)) {
       finish_scores(p_, block, p_.mask != nullptr ? mask_ : nullptr, s_, p_.softcap > 0 ? cap_slope_ : nullptr);
-      score_gradients<true>(block, kLogUnit<A>);
+      score_gradients<true>(x, block, kLogUnit<A>);
     } else if (p_.dropout.threshold != 0 || p_.stage == AttentionStage::kMask) {
-      score_gradients<true>(block, static_cast<A>(p_.scale) * kLogUnit<A>);
+      score_gradients<true>(x, block, static_cast<A>(p_.scale) * kLogUnit<A>);
     } else {
-      score_gradients<false>(block, static_cast<A>(p_.scale) * kLogUnit<A>);
+      score_gradients<false>(x, block, static_cast<A>(p_.scale) * kLogUnit<A>);
     }
     if (for_keys_) {
-      G::multiply(p_rows_, block.lanes * G::kParts, dout_, block.keys, p_.head_dim_v, block.rows,
+      G::multiply(p_rows_, block.lanes * G::kParts, x.dout, block.keys, p_.head_dim_v, block.rows,
                   dv_ + (block.key - first_key_) * p_.head_dim_v, p_.head_dim_v, true);
-      G::multiply(ds_rows_, block.lanes * G::kParts, q_, block.keys, p_.head_dim, block.rows,
+      G::multiply(ds_rows_, block.lanes * G::kParts, x.q, block.keys, p_.head_dim, block.rows,
                   dk_ + (block.key - first_key_) * p_.head_dim, p_.head_dim, true);
     }
     if (for_queries_) {
-      const T* keys = keys_transposed_.columns(block.key);
-      G::multiply(keys, keys_transposed_.ld(), ds_packed_, p_.head_dim, block.lanes, block.keys, dq_, block.lanes,
-                  true);
-      if (keys_transposed_.has_special(block.key)) {
-        keys_transposed_.add_special(block, dq_, [&](int64_t j, int64_t c) {
-          return G::packed_value(ds_packed_ + G::packed_index(j, c, block.keys), block.keys);
-        });
-      }
+      key_columns_.multiply(block, ds_packed_, x.dq, true, [&](int64_t j, int64_t c) {
+        return G::packed_value(ds_packed_ + G::packed_index(j, c, block.keys), block.keys);
+      });
     }
     return true;
   }
 
   // P^T and dS^T from s_ and dp_ in the forms that the products take. kFeatures: anything but a plain softmax.
   template <bool kFeatures>
-  void score_gradients(const ScoreBlock& block, A unit) {
+  void score_gradients(const QueryBlock& x, const ScoreBlock& block, A unit) {
     constexpr int kVectors = G::kNr / V::kLanes;
     const int64_t lanes = block.lanes, ld = lanes * G::kParts;
     for (int64_t c = 0; c < lanes; c += G::kNr) {
       V lse[kVectors], delta[kVectors], slope_sum[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        lse[v] = V::zero() - V::load(lse_ + c + v * V::kLanes);
-        delta[v] = V::load(delta_ + c + v * V::kLanes);
-        slope_sum[v] = V::load(slope_sum_ + c + v * V::kLanes);
+        lse[v] = V::zero() - V::load(x.lse + c + v * V::kLanes);
+        delta[v] = V::load(x.delta + c + v * V::kLanes);
+        slope_sum[v] = V::load(x.slope_sum + c + v * V::kLanes);
       }
       T* panel = ds_packed_ + G::packed_index(0, c, block.keys);
       for (int64_t j = 0; j < block.keys; j += G::kStep) {
+        for (int step = 0; step < 2 * G::kStep; ++step) ahead_.step();
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           V ds[G::kStep];
@@ -290,7 +368,7 @@ class AttentionBackward {
           G::store_packed(ds, panel + j * G::kNr + v * V::kLanes * G::kStep, block.keys);
         }
       }
-      for (int v = 0; v < kVectors; ++v) slope_sum[v].store(slope_sum_ + c + v * V::kLanes);
+      for (int v = 0; v < kVectors; ++v) slope_sum[v].store(x.slope_sum + c + v * V::kLanes);
     }
     G::zero_packed_tail(ds_packed_, block.keys, lanes);
   }
@@ -332,13 +410,10 @@ class AttentionBackward {
       const Range keys = extent[3] == 1 ? Range{0, key_blocks()} : Range{tk, tk + 1};
       for (int64_t h = heads.begin; h < heads.end; ++h) {
         for (int64_t i = rows.begin; i < rows.end; ++i) {
-          ScoreBlock block = prepare_queries(b, h, i);
-          const Range visible = visible_keys(p_, block.row, block.rows);
+          prepare_queries(b, h, i, &state_[0]);
           for (int64_t k = keys.begin; k < keys.end; ++k) {
-            const int64_t from = std::max(k * kAttentionKeys, visible.begin);
-            block.key = from;
-            block.keys = std::min((k + 1) * kAttentionKeys, visible.end) - from;
-            if (block.keys > 0 && pair(block)) add_mask_tile(block);
+            const Range range{k * kAttentionKeys, (k + 1) * kAttentionKeys};
+            if (pair_within(state_[0], range)) add_mask_tile(state_[0], range);
           }
         }
       }
@@ -352,11 +427,13 @@ class AttentionBackward {
     });
   }
 
-  void add_mask_tile(const ScoreBlock& block) {
-    for (int64_t j = 0; j < block.keys; ++j) {
-      A* sum = mask_sum_ + (block.key % kAttentionKeys + j) * kAttentionQueries;
-      for (int64_t c = 0; c < block.lanes; c += V::kLanes) {
-        (V::load(sum + c) + V::load(dp_ + j * block.lanes + c)).store(sum + c);
+  void add_mask_tile(const QueryBlock& x, Range keys) {
+    const int64_t from = std::max(keys.begin, x.visible.begin), to = std::min(keys.end, x.visible.end);
+    const int64_t lanes = x.block.lanes;
+    for (int64_t j = 0; j < to - from; ++j) {
+      A* sum = mask_sum_ + (from - keys.begin + j) * kAttentionQueries;
+      for (int64_t c = 0; c < lanes; c += V::kLanes) {
+        (V::load(sum + c) + V::load(dp_ + j * lanes + c)).store(sum + c);
       }
     }
   }
@@ -403,13 +480,14 @@ class AttentionBackward {
   AttentionBackwardParams p_;  // with the extents of the sequence at hand
   const bool for_queries_, for_keys_;
   OperandRows<S> keys_, values_;
-  TransposedRows<S> keys_transposed_;
-  T *q_transposed_, *dout_transposed_, *q_, *dout_;
+  OperandColumns<S> key_columns_;
   S* staged_;
   A *s_, *dp_, *mask_, *cap_slope_;
   float* drop_;
   T *p_rows_, *ds_rows_, *ds_packed_;
-  A *dq_, *dk_, *dv_, *mask_sum_, *lse_, *delta_, *slope_sum_;
+  A *dk_, *dv_, *mask_sum_;
+  QueryBlock state_[kQueryBlocksResident];
+  RowPrefetch ahead_;
   int64_t cached_ = -1, first_key_ = 0;
 };
 

@@ -4,9 +4,14 @@
 // For each block of keys that a query block can see:
 //   S^T = K Q^T              K in place, Q^T packed once per query block
 //   m, l, P^T = exp(S^T - m)  lane-wise, P^T written straight into the packed layout of the next product
-//   O^T += V^T P^T           V^T prepared once per kv head
+//   O^T += V^T P^T           V in place or prepared once per kv head
 // and at the end out = (O^T / l)^T, lse = m + log l. A row's running maximum moves only when a score exceeds it by 2^8
 // (decided lane by lane), so that O^T is rarely rescaled; probabilities up to 2^8 are harmless in any storage type.
+
+// Query blocks that are taken through the keys together: one, unless keys and values of a head outgrow this share of
+// the L2 cache and would have to come from afar for every query block.
+constexpr int64_t kQueryBlocksTogether = 4;
+constexpr int64_t kResidentBytes = 256 << 10;
 
 template <class S>
 class AttentionForward {
@@ -19,24 +24,29 @@ class AttentionForward {
 
   AttentionForward(const AttentionParams& p, ScratchCursor& scratch)
       : p_(p),
+        together_(blocks_together(p)),
         k_rows_(p, scratch, p.head_dim),
         v_rows_(p, scratch, p.head_dim_v),
         keys_(scratch, p.keys, p.head_dim),
-        values_(scratch, p.keys, p.head_dim_v),
-        q_(scratch.take<T>(G::packed_size(p.head_dim, kAttentionQueries))),
+        value_rows_(scratch, OperandColumns<S>::kShared ? p.keys : 0, p.head_dim_v),
+        values_(scratch, p.keys, p.head_dim_v, &value_rows_),
         s_(scratch.take<A>(kAttentionKeys * kAttentionQueries)),
         mask_(scratch.take<A>(p.mask != nullptr ? kAttentionKeys * kAttentionQueries : 0)),
         drop_(scratch.take<float>(p.dropout.threshold != 0 ? kAttentionKeys * kAttentionQueries : 0)),
-        probabilities_(scratch.take<T>(G::packed_size(kAttentionKeys, kAttentionQueries))),
-        o_(scratch.take<A>(p.head_dim_v * kAttentionQueries)),
-        m_(scratch.take<A>(kAttentionQueries)),
-        l_(scratch.take<A>(kAttentionQueries)) {}
+        probabilities_(scratch.take<T>(G::packed_size(kAttentionKeys, kAttentionQueries))) {
+    for (int64_t i = 0; i < together_; ++i) {
+      state_[i].q = scratch.take<T>(G::packed_size(p.head_dim, kAttentionQueries));
+      state_[i].o = scratch.take<A>(p.head_dim_v * kAttentionQueries);
+      state_[i].m = scratch.take<A>(kAttentionQueries);
+      state_[i].l = scratch.take<A>(kAttentionQueries);
+    }
+  }
 
   void run(Range range) {
-    const int64_t blocks = (p_.rows + kAttentionQueries - 1) / kAttentionQueries;
+    const int64_t blocks = query_blocks();
     int64_t cached = -1;
-    for (int64_t item = range.begin; item < range.end; ++item) {
-      const auto [b, h, block] = block_item(p_, p_.heads, blocks, item);
+    for (int64_t item = range.begin; item < range.end;) {
+      const auto [b, h, first] = block_item(p_, p_.heads, blocks, item);
       const int64_t kv = h / (p_.heads / p_.heads_kv);
       if (cached != b * p_.heads_kv + kv) {
         cached = b * p_.heads_kv + kv;
@@ -44,39 +54,114 @@ class AttentionForward {
         k_rows_.select(p_, p_.k, p_.k_stride, b, kv);
         v_rows_.select(p_, p_.v, p_.v_stride, b, kv);
         keys_.reset(k_rows_.rows(), k_rows_.ld(), p_.keys);
+        value_rows_.reset(v_rows_.rows(), v_rows_.ld(), OperandColumns<S>::kShared ? p_.keys : 0);
         values_.reset(v_rows_.rows(), v_rows_.ld(), p_.keys);
       }
-      query_block(b, h, block * kAttentionQueries);
+      const int64_t count = std::min({together_, query_blocks() - first, range.end - item});
+      item += count;
+      pass(b, h, first, count, item < range.end ? item : -1);
     }
   }
 
  private:
-  void query_block(int64_t b, int64_t h, int64_t row) {
-    ScoreBlock block{b, h, row, std::min(kAttentionQueries, p_.rows - row), 0, 0, 0};
-    block.lanes = round_up(block.rows, G::kNr);
-    const S* q =
-        static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + (p_.first_row + row) * p_.q_stride[2];
-    G::pack_transposed(q, p_.q_stride[2], p_.head_dim, block.rows, q_);
+  struct QueryBlock {
+    ScoreBlock block;
+    Range visible;
+    T* q;
+    A *o, *m, *l;
+    bool empty;  // no key block has contributed yet
+  };
+
+  int64_t query_blocks() const { return (p_.rows + kAttentionQueries - 1) / kAttentionQueries; }
+
+  static int64_t blocks_together(const AttentionParams& p) {
+    const int64_t channels = p.head_dim + p.head_dim_v, operand = sizeof(T);
+    const int64_t state = kAttentionQueries * (p.head_dim * operand + p.head_dim_v * static_cast<int64_t>(sizeof(A)));
+    if (p.keys * channels * operand <= 2 * kResidentBytes) return 1;
+    return std::max<int64_t>(1, std::min(kQueryBlocksTogether, kResidentBytes / std::max<int64_t>(1, state)));
+  }
+
+  const S* query_row(int64_t b, int64_t h, int64_t row) const {
+    return static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] +
+           (p_.first_row + row) * p_.q_stride[2];
+  }
+  S* out_row(const ScoreBlock& block) const {
+    return static_cast<S*>(p_.out) + block.batch * p_.out_stride[0] + block.head * p_.out_stride[1] +
+           (p_.first_row + block.row) * p_.out_stride[2];
+  }
+
+  // The query blocks [first, first + count) of a head, together. `next` is the work item that follows, or -1.
+  void pass(int64_t b, int64_t h, int64_t first, int64_t count, int64_t next) {
+    Range keys{p_.keys, 0};
+    for (int64_t i = 0; i < count; ++i) {
+      prepare(b, h, first + i, &state_[i]);
+      keys.begin = std::min(keys.begin, state_[i].visible.begin);
+      keys.end = std::max(keys.end, state_[i].visible.end);
+    }
+    for (int64_t from = keys.begin; from < keys.end;) {
+      const int64_t to = std::min((from / kAttentionKeys + 1) * kAttentionKeys, keys.end);
+      fetch_ahead(b, h, count, Range{to, keys.end}, next);
+      for (int64_t i = 0; i < count; ++i) {
+        ScoreBlock block = state_[i].block;
+        block.key = std::max(from, state_[i].visible.begin);
+        block.keys = std::min(to, state_[i].visible.end) - block.key;
+        if (block.keys > 0 && key_block(state_[i], block)) state_[i].empty = false;
+      }
+      from = to;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (state_[i].empty) std::fill_n(state_[i].o, p_.head_dim_v * state_[i].block.lanes, A(0));
+      write(state_[i]);
+    }
+  }
+
+  void prepare(int64_t b, int64_t h, int64_t index, QueryBlock* x) {
+    const int64_t row = index * kAttentionQueries;
+    x->block = ScoreBlock{b, h, row, std::min(kAttentionQueries, p_.rows - row), 0, 0, 0};
+    x->block.lanes = round_up(x->block.rows, G::kNr);
+    x->visible = visible_keys(p_, row, x->block.rows);
+    x->empty = true;
+    G::pack_transposed(query_row(b, h, row), p_.q_stride[2], p_.head_dim, x->block.rows, x->q);
     // A sink is a score that has been seen and carries no value.
     const A sink = p_.sinks != nullptr ? static_cast<const A*>(p_.sinks)[h] * kLogUnit<A> : 0;
-    std::fill_n(m_, block.lanes, p_.sinks != nullptr ? sink : -std::numeric_limits<A>::infinity());
-    std::fill_n(l_, block.lanes, p_.sinks != nullptr ? A(1) : A(0));
+    std::fill_n(x->m, x->block.lanes, p_.sinks != nullptr ? sink : -std::numeric_limits<A>::infinity());
+    std::fill_n(x->l, x->block.lanes, p_.sinks != nullptr ? A(1) : A(0));
+  }
 
-    const Range visible = visible_keys(p_, row, block.rows);
-    bool first = true;
-    for (int64_t j = visible.begin; j < visible.end; j += block.keys) {
-      block.key = j;
-      block.keys = std::min((j / kAttentionKeys + 1) * kAttentionKeys, visible.end) - j;
-      if (key_block(block, first)) first = false;
+  // What follows the block of keys before rest.begin: the next keys and values, or where the results go and what the
+  // next work item starts with.
+  void fetch_ahead(int64_t b, int64_t h, int64_t count, Range rest, int64_t next) {
+    ahead_.clear();
+    const int64_t size = sizeof(S), group = p_.heads / p_.heads_kv;
+    const auto add = [&](const S* rows, int64_t ld, int64_t channels, int64_t n) {
+      ahead_.add(rows, channels * size, ld * size, n);
+    };
+    if (rest.begin < rest.end) {
+      const int64_t keys = std::min(kAttentionKeys, rest.end - rest.begin);
+      add(k_rows_.rows() + rest.begin * k_rows_.ld(), k_rows_.ld(), p_.head_dim, keys);
+      add(v_rows_.rows() + rest.begin * v_rows_.ld(), v_rows_.ld(), p_.head_dim_v, keys);
+      return;
     }
-    if (first) std::fill_n(o_, p_.head_dim_v * block.lanes, A(0));
-    write(block);
+    for (int64_t i = 0; i < count; ++i) {
+      const ScoreBlock& block = state_[i].block;
+      add(out_row(block), p_.out_stride[2], p_.head_dim_v, block.rows);
+    }
+    if (next < 0 || p_.sequences != nullptr) return;
+    const auto [next_b, next_h, index] = block_item(p_, p_.heads, query_blocks(), next);
+    const int64_t row = index * kAttentionQueries, kv = next_h / group;
+    add(query_row(next_b, next_h, row), p_.q_stride[2], p_.head_dim, std::min(kAttentionQueries, p_.rows - row));
+    if (next_b == b && kv == h / group) return;
+    const int64_t keys = std::min(kAttentionKeys, p_.keys);
+    const S* k = static_cast<const S*>(p_.k) + next_b * p_.k_stride[0] + kv * p_.k_stride[1];
+    const S* v = static_cast<const S*>(p_.v) + next_b * p_.v_stride[0] + kv * p_.v_stride[1];
+    add(k, p_.k_stride[2], p_.head_dim, keys);
+    add(v, p_.v_stride[2], p_.head_dim_v, keys);
   }
 
   // Returns whether the block contributed.
-  bool key_block(const ScoreBlock& block, bool first) {
+  bool key_block(const QueryBlock& x, const ScoreBlock& block) {
     if (p_.mask != nullptr && !load_mask_tile(p_, block, mask_)) return false;
-    G::multiply(keys_.row(block.key), keys_.ld(), q_, block.keys, block.lanes, p_.head_dim, s_, block.lanes, false);
+    G::multiply(keys_.row(block.key), keys_.ld(), x.q, block.keys, block.lanes, p_.head_dim, s_, block.lanes, false);
     A unit = static_cast<A>(p_.scale) * kLogUnit<A>;
     if (needs_finish(p_, block)) {
       finish_scores(p_, block, p_.mask != nullptr ? mask_ : nullptr, s_, static_cast<A*>(nullptr));
@@ -84,34 +169,31 @@ class AttentionForward {
     }
     if (p_.dropout.threshold != 0) {
       dropout_tile(p_, block, drop_);
-      softmax<true>(block, unit, first);
+      softmax<true>(x, block, unit);
     } else {
-      softmax<false>(block, unit, first);
+      softmax<false>(x, block, unit);
     }
-    const T* values = values_.columns(block.key);
-    G::multiply(values, values_.ld(), probabilities_, p_.head_dim_v, block.lanes, block.keys, o_, block.lanes, !first);
-    if (values_.has_special(block.key)) {
-      values_.add_special(block, o_, [&](int64_t j, int64_t c) {
-        return G::packed_value(probabilities_ + G::packed_index(j, c, block.keys), block.keys);
-      });
-    }
+    values_.multiply(block, probabilities_, x.o, !x.empty, [&](int64_t j, int64_t c) {
+      return G::packed_value(probabilities_ + G::packed_index(j, c, block.keys), block.keys);
+    });
     return true;
   }
 
   // P^T = exp(unit * S^T - m) and its sums; moves m, l and O^T where a lane's maximum has risen by more than 2^8.
   template <bool kDropout>
-  void softmax(const ScoreBlock& block, A unit, bool first) {
+  void softmax(const QueryBlock& x, const ScoreBlock& block, A unit) {
     constexpr int kVectors = G::kNr / V::kLanes;
     const int64_t lanes = block.lanes;
     for (int64_t c = 0; c < lanes; c += G::kNr) {
       V m[kVectors], sum[kVectors];
       highest<kVectors>(block, s_ + c, m);
       for (int v = 0; v < kVectors; ++v) {
-        m[v] = raise_maximum(m[v] * V(unit), c + v * V::kLanes, lanes, first);
+        m[v] = raise_maximum(x, m[v] * V(unit), c + v * V::kLanes, lanes);
         sum[v] = V::zero();
       }
       T* panel = probabilities_ + G::packed_index(0, c, block.keys);
       for (int64_t j = 0; j < block.keys; j += G::kStep) {
+        for (int step = 0; step < G::kStep; ++step) ahead_.step();
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           V row[G::kStep];
@@ -128,7 +210,7 @@ class AttentionForward {
         }
       }
       for (int v = 0; v < kVectors; ++v) {
-        A* l = l_ + c + v * V::kLanes;
+        A* l = x.l + c + v * V::kLanes;
         (V::load(l) + sum[v]).store(l);
       }
     }
@@ -145,49 +227,49 @@ class AttentionForward {
   }
 
   // The maximum to subtract in lanes [c, c + kLanes): never -inf, so that a masked score gives exp(-inf) = 0.
-  V raise_maximum(V seen, int64_t c, int64_t lanes, bool first) {
-    const V hidden(-std::numeric_limits<A>::infinity()), before = V::load(m_ + c);
+  V raise_maximum(const QueryBlock& x, V seen, int64_t c, int64_t lanes) {
+    const V hidden(-std::numeric_limits<A>::infinity()), before = V::load(x.m + c);
     const auto rises = lt(before + V(A(8)), seen);
     if (reduce_max(select(rises, V(A(1)), V::zero())) > A(0)) {
       const V after = select(rises, seen, before);
       const V factor = select(rises, exp_unit<false>(before - after), V(A(1)));
-      after.store(m_ + c);
-      (V::load(l_ + c) * factor).store(l_ + c);
-      for (int64_t d = 0; !first && d < p_.head_dim_v; ++d) {
-        A* o = o_ + d * lanes + c;
+      after.store(x.m + c);
+      (V::load(x.l + c) * factor).store(x.l + c);
+      for (int64_t d = 0; !x.empty && d < p_.head_dim_v; ++d) {
+        A* o = x.o + d * lanes + c;
         (V::load(o) * factor).store(o);
       }
     }
-    const V m = V::load(m_ + c);
+    const V m = V::load(x.m + c);
     return select(le(m, hidden), V::zero(), m);
   }
 
-  void write(const ScoreBlock& block) {
+  void write(const QueryBlock& x) {
+    const ScoreBlock& block = x.block;
     const int64_t lanes = block.lanes;
     for (int64_t c = 0; c < lanes; c += V::kLanes) {
-      const V l = V::load(l_ + c);
+      const V l = V::load(x.l + c);
       const V inverse = select(le(l, V::zero()), V::zero(), V(static_cast<A>(p_.dropout_scale)) / l);
       for (int64_t d = 0; d < p_.head_dim_v; ++d) {
-        A* o = o_ + d * lanes + c;
+        A* o = x.o + d * lanes + c;
         (V::load(o) * inverse).store(o);
       }
     }
-    S* out = static_cast<S*>(p_.out) + block.batch * p_.out_stride[0] + block.head * p_.out_stride[1] +
-             (p_.first_row + block.row) * p_.out_stride[2];
-    transpose_block(o_, lanes, p_.head_dim_v, block.rows, out, p_.out_stride[2]);
+    transpose_block(x.o, lanes, p_.head_dim_v, block.rows, out_row(block), p_.out_stride[2]);
     A* lse = static_cast<A*>(p_.lse) + row_index(p_, block.batch, block.head) + block.row;
-    for (int64_t c = 0; c < block.rows; ++c) lse[c] = m_[c] / kLogUnit<A> + std::log(l_[c]);
+    for (int64_t c = 0; c < block.rows; ++c) lse[c] = x.m[c] / kLogUnit<A> + std::log(x.l[c]);
   }
 
   AttentionParams p_;  // with the extents of the sequence at hand
+  const int64_t together_;
   SequenceRows<S> k_rows_, v_rows_;
-  OperandRows<S> keys_;
-  TransposedRows<S> values_;
-  T* q_;
+  OperandRows<S> keys_, value_rows_;
+  OperandColumns<S> values_;
   A *s_, *mask_;
   float* drop_;
   T* probabilities_;
-  A *o_, *m_, *l_;
+  QueryBlock state_[kQueryBlocksTogether];
+  RowPrefetch ahead_;
 };
 
 // Runs Kernel(params, scratch).run(range) with as much scratch as its constructor takes.

@@ -34,56 +34,12 @@ constexpr int kGemmRows = VecF::kLanes == 16 ? 14 : VecF::kLanes == 8 ? 6 : 2;
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// One block of R rows by V vectors; meanwhile B's next panel comes into L2, `ahead_step` bytes of it per step of k. Ops
-// supplies the arithmetic: T, A, kStep, kNr, Vec<A> fma(a pointer, B vector, accumulator).
+// The columns of a block of C that exist.
 template <class Ops, int R, int V>
-inline void gemm_block(const typename Ops::T* a, int64_t lda, const typename Ops::T* b, int64_t K, typename Ops::A* c,
-                       int64_t ldc, int64_t columns, bool accumulate, const char* ahead, int64_t ahead_step) {
+inline void store_edge(const Vec<typename Ops::A> (&sum)[R][V], typename Ops::A* c, int64_t ldc, int64_t columns,
+                       bool accumulate) {
   using Vector = Vec<typename Ops::A>;
-  constexpr int kLanes = Vector::kLanes, kRowOfB = Ops::kNr * Ops::kStep;
-  Vector sum[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = Vector::zero();
-  }
-  const int64_t steps = K / Ops::kStep;
-  for (int64_t s = 0; s < steps; ++s) {
-    typename Ops::Operand column[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) column[v] = Ops::load(b + v * kLanes * Ops::kStep);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const typename Ops::Operand row = Ops::broadcast(a + r * lda);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = Ops::multiply_add(row, column[v], sum[r][v]);
-    }
-    a += Ops::kStep;
-    b += kRowOfB;
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += ahead_step;
-  }
-  if (Ops::kStep > 1 && K % Ops::kStep != 0) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const typename Ops::Operand row = Ops::broadcast_last(a + r * lda);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        sum[r][v] = Ops::multiply_add(row, Ops::load(b + v * kLanes * Ops::kStep), sum[r][v]);
-      }
-    }
-  }
-  if (columns == V * kLanes) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        typename Ops::A* out = c + r * ldc + v * kLanes;
-        (accumulate ? Vector::load(out) + sum[r][v] : sum[r][v]).store(out);
-      }
-    }
-    return;
-  }
+  constexpr int kLanes = Vector::kLanes;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -95,42 +51,132 @@ inline void gemm_block(const typename Ops::T* a, int64_t lda, const typename Ops
   }
 }
 
-// gemm_block for a row count known at run time.
-template <class Ops, int V, int R = kGemmRows, class... Args>
-inline void gemm_rows(int64_t rows, const Args&... args) {
-  if constexpr (R > 0) {
-    if (rows == R) return gemm_block<Ops, R, V>(args...);
-    return gemm_rows<Ops, V, R - 1>(rows, args...);
+// C (+)= A·B for `count` blocks of R rows, one below the other, and `panels` panels of V vectors side by side: every
+// block of rows passes all panels while it is in the L1 cache. Meanwhile `ahead_step` bytes of what comes next arrive
+// in L2 per step of k. Ops supplies the arithmetic: T, A, kStep, kNr, Vec<A> fma(a pointer, B vector, accumulator).
+// kColumns: A comes by columns, element (m, k) at a[k / kStep * lda + m * kStep + k % kStep].
+template <class Ops, int R, int V, bool kColumns, bool kAccumulate>
+inline void gemm_blocks(int64_t count, int64_t panels, int64_t panel_size, const typename Ops::T* a, int64_t lda,
+                        const typename Ops::T* b, int64_t K, typename Ops::A* c, int64_t ldc, int64_t columns,
+                        const char* ahead, int64_t ahead_step) {
+  using Vector = Vec<typename Ops::A>;
+  constexpr int kLanes = Vector::kLanes, kRowOfB = Ops::kNr * Ops::kStep;
+  const int64_t row_step = kColumns ? Ops::kStep : lda, step = kColumns ? lda : Ops::kStep;
+  const int64_t steps = (K + (kColumns ? Ops::kStep - 1 : 0)) / Ops::kStep;
+  for (int64_t block = 0; block < count; ++block) {
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const typename Ops::T *row_a = a + block * R * row_step, *row_b = b + panel * panel_size;
+      typename Ops::A* row_c = c + block * R * ldc + panel * Ops::kNr;
+      Vector sum[R][V];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = Vector::zero();
+      }
+      for (int64_t s = 0; s < steps; ++s) {
+        typename Ops::Operand column[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) column[v] = Ops::load(row_b + v * kLanes * Ops::kStep);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const typename Ops::Operand row = Ops::broadcast(row_a + r * row_step);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[r][v] = Ops::multiply_add(row, column[v], sum[r][v]);
+        }
+        row_a += step;
+        row_b += kRowOfB;
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
+      }
+      if (!kColumns && Ops::kStep > 1 && K % Ops::kStep != 0) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const typename Ops::Operand row = Ops::broadcast_last(row_a + r * lda);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) {
+            sum[r][v] = Ops::multiply_add(row, Ops::load(row_b + v * kLanes * Ops::kStep), sum[r][v]);
+          }
+        }
+      }
+      if (columns != V * kLanes) {
+        store_edge<Ops, R, V>(sum, row_c, ldc, columns, kAccumulate);
+        continue;
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          typename Ops::A* out = row_c + r * ldc + v * kLanes;
+          (kAccumulate ? Vector::load(out) + sum[r][v] : sum[r][v]).store(out);
+        }
+      }
+    }
   }
 }
 
-// All blocks of C: panel by panel, so that a panel of B stays in the L1 or L2 cache while the rows of A pass. Every
-// block of rows fetches its share of the next panel, which would otherwise stall the first of them.
+// gemm_blocks for a row count known at run time.
+template <class Ops, int V, bool kColumns, int R = kGemmRows, class... Args>
+inline void gemm_rows(int64_t rows, bool accumulate, Args... args) {
+  if constexpr (R > 0) {
+    if (rows != R) return gemm_rows<Ops, V, kColumns, R - 1>(rows, accumulate, args...);
+    accumulate ? gemm_blocks<Ops, R, V, kColumns, true>(args...) : gemm_blocks<Ops, R, V, kColumns, false>(args...);
+  }
+}
+
+// A packed B up to this size stays in the L1 cache while the rows of A pass it once.
+constexpr int64_t kGemmSmallOperand = 32 << 10;
+
+// All blocks of C. A small B is passed as a whole by every block of rows; a larger one panel by panel, so that a panel
+// stays in the L1 or L2 cache while the rows of A pass, and every block of rows fetches its share of the next panel,
+// which would otherwise stall the first of them.
 template <class Ops>
 inline void gemm_multiply(const typename Ops::T* a, int64_t lda, const typename Ops::T* packed, int64_t M, int64_t N,
                           int64_t K, typename Ops::A* c, int64_t ldc, bool accumulate) {
-  constexpr int kLanes = Vec<typename Ops::A>::kLanes;
   const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
+  if (blocks == 0) return;
+  // Rows split evenly: the first `tall` blocks have one more than the others.
+  const int64_t low = M / blocks, tall = M - low * blocks;
   const int64_t panel_size = Ops::kNr * round_up(K, Ops::kStep);
-  const int64_t share = panel_size * sizeof(*packed) / std::max<int64_t>(1, blocks);
-  const int64_t ahead_step = share / std::max<int64_t>(1, K / Ops::kStep);
-  for (int64_t n = 0; n < N; n += Ops::kNr) {
+  const int64_t together =
+      panel_size * N * static_cast<int64_t>(sizeof(*packed)) <= kGemmSmallOperand * Ops::kNr ? N / Ops::kNr : 0;
+  const int64_t share = panel_size * static_cast<int64_t>(sizeof(*packed)) / blocks;
+  const int64_t share_step = share / std::max<int64_t>(1, K / Ops::kStep);
+  for (int64_t n = 0; n < N;) {
+    const int64_t panels = n == 0 && together > 0 ? together : 1;
     const typename Ops::T* b = packed + n / Ops::kNr * panel_size;
-    const char* next = reinterpret_cast<const char*>(n + Ops::kNr < N ? b + panel_size : b);
+    const bool more = together == 0 && n + Ops::kNr < N;
+    const char* ahead = reinterpret_cast<const char*>(more ? b + panel_size : b);
+    const int64_t ahead_step = more ? share_step : 0;
     const int64_t columns = std::min<int64_t>(Ops::kNr, N - n);
     int64_t row = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t rows = (M - row + blocks - block - 1) / (blocks - block);
-      const typename Ops::T* from = a + row * lda;
-      typename Ops::A* to = c + row * ldc + n;
-      const char* ahead = next + block * share;
-      if (columns <= kLanes * (kGemmVectors / 2)) {
-        gemm_rows<Ops, kGemmVectors / 2>(rows, from, lda, b, K, to, ldc, columns, accumulate, ahead, ahead_step);
-      } else {
-        gemm_rows<Ops, kGemmVectors>(rows, from, lda, b, K, to, ldc, columns, accumulate, ahead, ahead_step);
-      }
-      row += rows;
+    for (const bool is_tall : {true, false}) {
+      const int64_t rows = low + is_tall, count = is_tall ? tall : blocks - tall;
+      if (count == 0 || rows == 0) continue;
+      gemm_rows<Ops, kGemmVectors, false>(rows, accumulate, count, panels, panel_size, a + row * lda, lda, b, K,
+                                          c + row * ldc + n, ldc, columns, ahead, ahead_step);
+      row += rows * count;
+      ahead += share * count;
     }
+    n += panels * Ops::kNr;
+  }
+}
+
+// The same for a left operand given by columns (element (m, k) at a[k / kStep * lda + m * kStep + k % kStep], zeros
+// after an odd K) and whole panels: N is a multiple of kNr.
+template <class Ops>
+inline void gemm_multiply_columns(const typename Ops::T* a, int64_t lda, const typename Ops::T* packed, int64_t M,
+                                  int64_t N, int64_t K, typename Ops::A* c, int64_t ldc, bool accumulate) {
+  const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
+  const int64_t low = M / blocks, tall = M - low * blocks;
+  const int64_t panel_size = Ops::kNr * round_up(K, Ops::kStep);
+  int64_t row = 0;
+  for (const bool is_tall : {true, false}) {
+    const int64_t rows = low + is_tall, count = is_tall ? tall : blocks - tall;
+    if (count == 0) continue;
+    gemm_rows<Ops, kGemmVectors, true>(rows, accumulate, count, N / Ops::kNr, panel_size, a + row * Ops::kStep, lda,
+                                       packed, K, c + row * ldc, ldc, int64_t{Ops::kNr},
+                                       reinterpret_cast<const char*>(packed), int64_t{0});
+    row += rows * count;
   }
 }
 
@@ -248,6 +294,12 @@ struct Gemm : GemmLayout<Type, GemmOps<Type>::kNr, 1, 1> {
                        bool accumulate) {
     gemm_multiply<GemmOps<T>>(a, lda, packed, M, N, K, c, ldc, accumulate);
   }
+
+  static constexpr bool kTakesColumns = true;
+  static void multiply_columns(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c,
+                               int64_t ldc, bool accumulate) {
+    gemm_multiply_columns<GemmOps<T>>(a, lda, packed, M, N, K, c, ldc, accumulate);
+  }
 };
 
 #if defined(FASTATTN_TARGET_AVX512_BF16)
@@ -352,6 +404,16 @@ struct Gemm<BFloat16> : GemmLayout<BFloat16, GemmOpsBFloat16::kNr, 2, kGemmBFloa
     gemm_multiply<GemmOpsBFloat16>(a, lda, packed, M, N, K, c, ldc, accumulate);
 #endif
   }
+
+#if defined(FASTATTN_TARGET_AMX)
+  static constexpr bool kTakesColumns = false;
+#else
+  static constexpr bool kTakesColumns = true;
+  static void multiply_columns(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c,
+                               int64_t ldc, bool accumulate) {
+    gemm_multiply_columns<GemmOpsBFloat16>(a, lda, packed, M, N, K, c, ldc, accumulate);
+  }
+#endif
 };
 
 #endif  // FASTATTN_TARGET_AVX512_BF16

@@ -3,8 +3,14 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastattn {
 namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
 
 struct Block {
   void* data = nullptr;
@@ -16,9 +22,14 @@ thread_local Block block, call_block;
 
 void* grow(Block& block, size_t bytes) {
   if (bytes > block.size) {
-    const size_t size = (bytes + 4095) / 4096 * 4096;
-    void* data = std::aligned_alloc(4096, size);
+    // From a megabyte on in 2 MiB pages where the system has them: what lies together in 4 KiB pages lies anywhere in
+    // physical memory, and some processes then lost a fifth of their speed to conflicts in L2.
+    const size_t page = bytes < (size_t{1} << 20) ? size_t{4096} : kHugePage, size = (bytes + page - 1) / page * page;
+    void* data = std::aligned_alloc(page, size);
     if (data == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (page == kHugePage) madvise(data, size, MADV_HUGEPAGE);
+#endif
     std::free(block.data);
     block.data = data;
     block.size = size;
