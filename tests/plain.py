@@ -25,7 +25,7 @@ def attention(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) with every step in q's dtype; rows that see nothing are not supported."""
+    """(out, lse) with every step in q's dtype; rows that see nothing are set apart, as careful eager code does."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     rows, columns = q.shape[2], k.shape[2]
@@ -46,11 +46,13 @@ def attention(
         scores = scores.masked_fill(~allowed, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., :columns]
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(nothing, 0)
+    weights = torch.softmax(scores, dim=-1).masked_fill(nothing, 0)[..., :columns]
     if dropout_p:
         assert rng_state is not None
         weights = weights * attention_dropout(weights.shape, dropout_p, rng_state, q.device).to(q.dtype)
-    return weights @ v, torch.logsumexp(scores, dim=-1)
+    return weights @ v, torch.logsumexp(scores, dim=-1).masked_fill(nothing.squeeze(-1), -torch.inf)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

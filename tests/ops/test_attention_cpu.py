@@ -79,7 +79,7 @@ def make_tensors(case: Case, dtype: torch.dtype) -> dict[str, Tensor | None]:
         kind, full = case.mask
         extents = [n if take else 1 for n, take in zip((batch, heads, rows, keys), full, strict=True)]
         mask = torch.rand(extents) < 0.7
-        mask[..., 0] = True  # plain PyTorch gives NaN for rows that see nothing
+        mask[..., 0] = True  # rows that see nothing have cases of their own
         if kind != "bool":
             additive = torch.randn(extents).masked_fill(~mask, -math.inf)
             mask = additive.to(dtype if kind == "same" or dtype == torch.float64 else torch.float32)
@@ -90,7 +90,7 @@ def make_tensors(case: Case, dtype: torch.dtype) -> dict[str, Tensor | None]:
 def run(function, case: Case, tensors: dict[str, Tensor], double: bool, upstream: tuple[Tensor, Tensor], **more):  # type: ignore[no-untyped-def]
     """{name: value} of out, lse and every gradient; gradients of lse only where it is finite."""
     leaves = {
-        name: x if x.dtype == torch.bool else (x.double() if double else x).clone().requires_grad_()
+        name: x if x.dtype == torch.bool else (x.double() if double else x).detach().requires_grad_()
         for name, x in tensors.items()
     }
     if case.dropout:
@@ -111,10 +111,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
     upstream = (torch.randn(batch, heads, rows, case.dv or dim).to(dtype), torch.randn(batch, heads, rows))
     actual = run(fastattn.attention, case, tensors, False, upstream, return_lse=True, implementation="cpu")
     exact = run(reference.attention, case, tensors, True, upstream, return_lse=True)
-    if torch.isfinite(exact["lse"]).all():
-        peer = run(plain.attention, case, tensors, False, upstream)
-    else:  # plain.attention gives NaN there
-        peer = run(reference.attention, case, tensors, False, upstream, return_lse=True)
+    peer = run(plain.attention, case, tensors, False, upstream)
     for name, value in actual.items():
         assert_accurate(value, peer[name], exact[name], name, terms=max(rows, keys) * dim)
 
