@@ -83,25 +83,43 @@ class AttentionDecode {
     return static_cast<A*>(p_.partial) + ((b * p_.heads + h) * rows_ + i) * parts_ * (p_.head_dim_v + 2);
   }
 
+  static void prefetch(const S* rows, int64_t ld, int64_t count, int64_t channels) {
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t d = 0; d < channels; d += kLine) __builtin_prefetch(rows + r * ld + d);
+    }
+  }
+
   // Calls f(first, row, n) for runs of keys [key + first, key + first + n) that lie one stride apart from `row` on.
   template <class F>
-  void runs(const void* data, const int64_t (&stride)[3], int64_t b, int64_t kv, int64_t key, int64_t count,
-            const F& f) const {
+  void runs(const void* data, const int64_t (&stride)[3], int64_t channels, int64_t b, int64_t kv, int64_t key,
+            int64_t count, const F& f) const {
     const S* from = static_cast<const S*>(data) + kv * stride[1];
     if (p_.block_table == nullptr) {
       f(0, from + b * stride[0] + (p_.first_key + key) * stride[2], count);
       return;
     }
+    const int32_t* table = p_.block_table + b * p_.max_pages;
     for (int64_t j = 0; j < count;) {
-      const int64_t page = p_.block_table[b * p_.max_pages + (key + j) / p_.page_size];
-      const int64_t row = (key + j) % p_.page_size, n = std::min(count - j, p_.page_size - row);
-      f(j, from + page * stride[0] + row * stride[2], n);
+      const int64_t page = (key + j) / p_.page_size, row = (key + j) % p_.page_size;
+      const int64_t n = std::min(count - j, p_.page_size - row);
+      // Pages lie anywhere: no hardware prefetcher finds the next one.
+      if (j + n < count) prefetch(from + table[page + 1] * stride[0], stride[2], std::min(count - j - n, n), channels);
+      f(j, from + table[page] * stride[0] + row * stride[2], n);
       j += n;
     }
   }
 
   void part(int64_t b, int64_t kv, int64_t index) {
     const int64_t key = index * kDecodeKeys, count = std::min(kDecodeKeys, p_.keys - key), rows = group_ * p_.rows;
+    const Range visible = visible_keys(p_, 0, p_.rows);
+    if (key >= visible.end || key + count <= visible.begin) {
+      for (int64_t r = 0; r < rows; ++r) {
+        A* sums = record(b, kv * group_ + r / p_.rows, r % p_.rows) + index * (p_.head_dim_v + 2);
+        sums[0] = -std::numeric_limits<A>::infinity(), sums[1] = A(0);
+      }
+      return;
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = kv * group_ + r / p_.rows, i = r % p_.rows;
       const S* q =
@@ -110,7 +128,7 @@ class AttentionDecode {
         V::load_n(q + d, std::min<int64_t>(V::kLanes, p_.head_dim - d)).store(q_ + r * ld_q_ + d);
       }
     }
-    runs(p_.k, p_.k_stride, b, kv, key, count, [&](int64_t first, const S* k, int64_t n) {
+    runs(p_.k, p_.k_stride, p_.head_dim, b, kv, key, count, [&](int64_t first, const S* k, int64_t n) {
       for (int64_t j = 0; j < n; j += V::kLanes) {
         for (int64_t r = 0; r < rows; ++r) {
           dot_keys(k + j * p_.k_stride[2], p_.k_stride[2], std::min<int64_t>(V::kLanes, n - j), p_.head_dim,
@@ -125,10 +143,15 @@ class AttentionDecode {
       finish_row(b, h, i, key, count, s);
       softmax_row(count, s, sums);
       std::fill_n(sums + 2, p_.head_dim_v, A(0));
-      runs(p_.v, p_.v_stride, b, kv, key, count, [&](int64_t first, const S* v, int64_t n) {
-        for (int64_t d = 0; d < p_.head_dim_v; d += 8 * V::kLanes) weigh_values(v, n, s + first, d, sums + 2);
-      });
     }
+    runs(p_.v, p_.v_stride, p_.head_dim_v, b, kv, key, count, [&](int64_t first, const S* v, int64_t n) {
+      for (int64_t r = 0; r < rows; ++r) {
+        A* o = record(b, kv * group_ + r / p_.rows, r % p_.rows) + index * (p_.head_dim_v + 2) + 2;
+        for (int64_t d = 0; d < p_.head_dim_v; d += 8 * V::kLanes) {
+          weigh_values(v, n, s_ + r * kRowScores + first, d, o);
+        }
+      }
+    });
   }
 
   // s = q.k in, score out; lanes beyond `count` become -inf.

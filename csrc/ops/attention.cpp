@@ -140,20 +140,49 @@ void set_scalars(AttentionParams& p, double softmax_scale, int64_t window_left, 
   p.dropout_scale = 1 / (1 - std::max(dropout_p, 0.0));
 }
 
-// before[b] = work items per head in the sequences before b; empty without sequences.
-template <class Items>
-std::vector<int64_t> items_before(const AttentionParams& p, const Items& items) {
-  if (p.sequences == nullptr) return {};
-  std::vector<int64_t> before(p.batch + 1, 0);
-  for (int64_t b = 0; b < p.batch; ++b) before[b + 1] = before[b] + items(p.sequences[b]);
-  return before;
+// Of the sequences before each, per head: how many work items they have and what these cost. Empty without sequences.
+struct Items {
+  std::vector<int64_t> before, cost;
+};
+
+// count(sequence): its items per head; an item costs what cost(sequence) says, in scores, and a little for itself.
+template <class Count, class Cost>
+Items items_of(const AttentionParams& p, const Count& count, const Cost& cost) {
+  Items items;
+  if (p.sequences == nullptr) return items;
+  items.before.assign(p.batch + 1, 0), items.cost.assign(p.batch + 1, 0);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t own = count(p.sequences[b]);
+    items.before[b + 1] = items.before[b] + own;
+    items.cost[b + 1] = items.cost[b] + own * (cost(p.sequences[b]) + 1);
+  }
+  return items;
 }
 
-// f(p, range) over the items of every sequence and head: `each` per head, or by `before`.
+// The first item of part t of `parts` that cost about the same.
+int64_t split(const Items& items, int64_t heads, int64_t t, int64_t parts) {
+  const std::vector<int64_t>&before = items.before, &cost = items.cost;
+  if (t == parts) return heads * before.back();
+  const int64_t wanted = heads * cost.back() / parts * t;
+  const int64_t b = std::upper_bound(cost.begin(), cost.end() - 1, wanted / heads) - cost.begin() - 1;
+  const int64_t each = (cost[b + 1] - cost[b]) / std::max<int64_t>(1, before[b + 1] - before[b]);
+  return heads * before[b] + (wanted - heads * cost[b]) / std::max<int64_t>(1, each);
+}
+
+// f(p, range) over the work items: `each` per batch entry and head, or those of sequences, which differ in length and
+// so are split by what they cost.
 template <class Params, class F>
-void for_items(Params p, int64_t heads, int64_t each, const std::vector<int64_t>& before, const F& f) {
-  p.items_before = before.empty() ? nullptr : before.data();
-  parallel_for(before.empty() ? p.batch * heads * each : heads * before.back(), 1, [&](Range range) { f(p, range); });
+void for_items(Params p, int64_t heads, int64_t each, const Items& items, const F& f) {
+  if (p.sequences == nullptr) {
+    parallel_for(p.batch * heads * each, 1, [&](Range range) { f(p, range); });
+    return;
+  }
+  p.items_before = items.before.data();
+  const int64_t total = heads * items.before.back();
+  const int64_t parts = std::min<int64_t>(total, torch::stable::get_num_threads());
+  parallel_for(parts, 1, [&](Range range) {
+    f(p, Range{split(items, heads, range.begin, parts), split(items, heads, range.end, parts)});
+  });
 }
 
 // Whether every row (or key) of the tensor belongs to a sequence, none to two; `packed`: the sequences share one batch
@@ -179,6 +208,9 @@ void fill(const Tensor& x, double value) {
   }
 }
 
+int64_t rows_of(const Sequence& own) { return own.rows; }
+int64_t keys_of(const Sequence& own) { return own.keys; }
+
 // The sequences of few rows, unless there is dropout; all others take attention_forward's other half.
 void decode(AttentionParams p, ScalarType accumulation) {
   const KernelTable& table = kernels();
@@ -195,12 +227,15 @@ void decode(AttentionParams p, ScalarType accumulation) {
   const Tensor partial = empty({p.batch * p.heads * p.rows, parts, p.head_dim_v + 2}, accumulation);
   p.partial = partial.mutable_data_ptr();
   if (p.partial == nullptr) return;
-  const auto parts_before = items_before(
-      p, [&](const Sequence& own) { return decodes(own) && own.rows > 0 ? blocks_of(own.keys, part) : 0; });
-  const auto rows_before = items_before(p, [&](const Sequence& own) { return decodes(own) ? own.rows : 0; });
-  for_items(p, p.heads_kv, blocks_of(p.keys, part), parts_before, table.attention_forward);
+  const Items scoring = items_of(
+      p, [&](const Sequence& own) { return decodes(own) && own.rows > 0 ? blocks_of(own.keys, part) : 0; },
+      [&](const Sequence& own) { return std::min(part, own.keys); });
+  for_items(p, p.heads_kv, blocks_of(p.keys, part), scoring, table.attention_forward);
   p.merge = true;
-  for_items(p, p.heads, p.rows, rows_before, table.attention_forward);
+  const Items merging = items_of(
+      p, [&](const Sequence& own) { return decodes(own) ? own.rows : 0; },
+      [&](const Sequence& own) { return blocks_of(own.keys, part); });
+  for_items(p, p.heads, p.rows, merging, table.attention_forward);
 }
 
 }  // namespace
@@ -235,18 +270,27 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   const bool few_rows = p.dropout.threshold == 0;
   if (few_rows && (p.sequences != nullptr || p.rows <= kDecodeRows)) decode(p, lse.scalar_type());
   if (few_rows && p.rows <= kDecodeRows) return {out, lse};
-  const auto before = items_before(p, [&](const Sequence& own) {
-    return few_rows && own.rows <= kDecodeRows ? 0 : blocks_of(own.rows, table.attention_queries);
-  });
-  for_items(p, p.heads, blocks_of(p.rows, table.attention_queries), before, table.attention_forward);
+  const int64_t queries = table.attention_queries;
+  const Items blocks = items_of(
+      p, [&](const Sequence& own) { return few_rows && own.rows <= kDecodeRows ? 0 : blocks_of(own.rows, queries); },
+      keys_of);
+  for_items(p, p.heads, blocks_of(p.rows, queries), blocks, table.attention_forward);
   return {out, lse};
 }
 
 namespace {
 
 // Whether (b, kv head) items keep all threads busy: they need 5 products a block, the two finer stages 3 + 4.
-bool heads_fill_threads(int64_t heads) {
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+bool heads_fill_threads(const AttentionParams& p) {
+  const int64_t heads = p.batch * p.heads_kv, threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  if (p.sequences != nullptr && threads > 1) {
+    double total = 0, largest = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const double scores = static_cast<double>(p.sequences[b].rows) * p.sequences[b].keys;
+      total += scores * p.heads_kv, largest = std::max(largest, scores);
+    }
+    return 5 * (total + threads * largest) <= 7 * total;
+  }
   const int64_t rounds = (heads + threads - 1) / threads;
   return 5 * rounds * threads <= 7 * heads;
 }
@@ -254,7 +298,7 @@ bool heads_fill_threads(int64_t heads) {
 void run_stage(AttentionBackwardParams p, AttentionStage stage, int64_t items) {
   const KernelTable& table = kernels();
   p.stage = stage;
-  if (stage != AttentionStage::kAll && stage != AttentionStage::kFinish) p.slope_rows = p.delta = nullptr;
+  if (stage != AttentionStage::kFinish) p.slope_rows = p.delta = nullptr;
   parallel_for(items, 1, [&](Range range) { table.attention_backward(p, range); });
 }
 
@@ -262,10 +306,10 @@ void run_stage(AttentionBackwardParams p, AttentionStage stage, int64_t items) {
 void run_by_blocks(AttentionBackwardParams p) {
   const KernelTable& table = kernels();
   const int64_t queries = table.attention_queries, keys = table.attention_keys;
-  const auto query_blocks = items_before(p, [&](const Sequence& own) { return blocks_of(own.rows, queries); });
+  const Items query_blocks = items_of(p, [&](const Sequence& own) { return blocks_of(own.rows, queries); }, keys_of);
   p.stage = AttentionStage::kQueries;
   for_items(p, p.heads, blocks_of(p.rows, queries), query_blocks, table.attention_backward);
-  const auto key_blocks = items_before(p, [&](const Sequence& own) { return blocks_of(own.keys, keys); });
+  const Items key_blocks = items_of(p, [&](const Sequence& own) { return blocks_of(own.keys, keys); }, rows_of);
   p.stage = AttentionStage::kKeys;
   p.slope_rows = p.delta = nullptr;
   for_items(p, p.heads_kv, blocks_of(p.keys, keys), key_blocks, table.attention_backward);
@@ -337,9 +381,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (slopes_grad) p.slope_rows = slope_rows.mutable_data_ptr();
 
   const KernelTable& table = kernels();
-  const int64_t heads = p.batch * p.heads_kv;
-  if (heads_fill_threads(heads)) {
-    run_stage(p, AttentionStage::kAll, heads);
+  if (heads_fill_threads(p)) {
+    const auto scores = [](const Sequence& own) { return own.rows * own.keys; };
+    p.stage = AttentionStage::kAll;
+    for_items(p, p.heads_kv, 1, items_of(p, [](const Sequence&) { return 1; }, scores), table.attention_backward);
   } else {
     run_by_blocks(p);
   }

@@ -282,6 +282,25 @@ def test_key_value_cache(implementation: str, rows: int, page_size: int, dtype: 
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_keys_behind_the_window_are_never_read(implementation: str, rows: int) -> None:
+    """Several parts of 256 keys lie wholly outside it."""
+    lengths = torch.tensor([900, 613])
+    whole, paged, table = _caches(torch.float32, lengths, 64, 15)
+    q = torch.randn(2, 4, rows, 24)
+    options = {"window_size": (99, -1), "return_lse": True, "implementation": implementation}
+    expected = [x.clone() for x in fastattn.attention_with_kv_cache(q, *whole, lengths, **options)]
+    for b, length in enumerate(lengths.tolist()):
+        for cache, pages in zip(whole, paged, strict=True):
+            cache[b, :, : length - rows - 99] = math.nan
+            pages[table[b, : (length - rows - 99) // 64].long()] = math.nan
+    for caches, more in ((whole, {}), (paged, {"block_table": table})):
+        for a, e in zip(
+            fastattn.attention_with_kv_cache(q, *caches, lengths, **more, **options), expected, strict=True
+        ):
+            assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize("paged", [False, True])
 def test_new_keys_are_appended_in_place(implementation: str, paged: bool) -> None:
     lengths = torch.tensor([40, 5, 17])
