@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastattn.cli import check, limited
 from fastattn.cli.cases import Case
@@ -43,13 +43,12 @@ class Line:
     def directions(self) -> tuple[str, ...]:
         return DIRECTIONS[: len(self.bfloat16)]
 
-    def ratio(self, dtype: str, direction: str) -> float:
-        bars: Bars = getattr(self, dtype)
-        return bars[DIRECTIONS.index(direction)]
-
-    def share(self, dtype: str, direction: str) -> float | None:
-        bars = self.roofline.get(dtype)
-        return bars[DIRECTIONS.index(direction)] if bars else None
+    def bar(self, dtype: str, direction: str) -> dict[str, Any]:
+        """The fields ``bar`` and ``roofline_bar`` of a row."""
+        index = DIRECTIONS.index(direction)
+        ratios: Bars = getattr(self, dtype)
+        shares = self.roofline.get(dtype)
+        return {"bar": ratios[index], "roofline_bar": shares[index] if shares else None}
 
     @property
     def text(self) -> str:
@@ -131,7 +130,7 @@ def missed(row: Row) -> list[str]:
 
 def share(row: Row) -> str:
     """The roofline's cell: ``52% ≥ 45%``, ``13% (needs AMX: 45%)`` where the bar is not for this machine, ``52%`` without one."""
-    percent = f"{row.roofline_percent:.0f}%"
+    percent = "" if row.roofline_percent is None else f"{row.roofline_percent:.0f}%"
     if row.roofline_bar is None:
         return percent
     if not judged(row):
@@ -152,9 +151,7 @@ def render(rows: Sequence[Row]) -> None:
     """Print the table: a line per call, our ratio to torch against its bar per dtype and direction; then what was missed."""
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for row in rows:
-        line = cells.setdefault(name(row.shape, row.case, row.limits), {})
-        for direction in [row.direction] if row.direction else DIRECTIONS:
-            line[row.dtype, direction] = cell(row)
+        cells.setdefault(name(row.shape, row.case, row.limits), {})[row.dtype, row.direction] = cell(row)
     columns = [(dtype, direction) for dtype in DTYPES for direction in DIRECTIONS]
     columns = [column for column in columns if any(column in line for line in cells.values())]
     lines = [(text, *(line.get(column, "") for column in columns)) for text, line in cells.items()]
@@ -167,7 +164,7 @@ def render(rows: Sequence[Row]) -> None:
     for row in rows:
         for reason in missed(row):
             text = name(row.shape, row.case, row.limits)
-            print(f"missed: {text} {row.dtype} {row.direction or ''}: {reason}".replace(" :", ":"))
+            print(f"missed: {text} {row.dtype} {row.direction}: {reason}")
     unjudged = sum(row.roofline_bar is not None and not judged(row) for row in rows)
     if unjudged:
         print(f"needs AMX: {unjudged} bars on the share of the matrix unit's peak, not judged on this machine")

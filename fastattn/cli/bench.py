@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from fastattn.cli import bars, cases, check, limited, machine
+from fastattn.cli import bars, cases, check, limited, machine, scaling, sweep
 from fastattn.cli.bars import Line
-from fastattn.cli.cases import Case
+from fastattn.cli.cases import Case, work
 from fastattn.cli.measure import MatrixPeak, ReadPeak, Timing, interleave
 from fastattn.cli.peers import PEERS, peers
 from fastattn.cli.plot import plot as plot
+from fastattn.cli.plot import plot_scaling
 from fastattn.cli.table import Progress, print_table
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -74,6 +75,8 @@ class Row:
     roofline_bar: float | None = None
     errors: dict[str, dict[str, float]] | None = None
     limits: str = ""
+    memory: int | None = None
+    peer_memory: int | None = None
     device: str = ""
     threads: int = 0
     load: float = 0.0
@@ -111,46 +114,6 @@ def quick_cases(op: str) -> list[Case]:
     }[op]
 
 
-def work(case: Case, dtype: torch.dtype, direction: str) -> tuple[float, str]:
-    """(amount, "GFLOP/s" or "GB/s"): floating-point operations of matrix products, or bytes that must move, per call.
-
-    The count is of the mathematics, not of an implementation: what is recomputed does not count.
-    """
-    both = direction == "forward+backward"
-    size = dtype.itemsize
-    if "attention" in case.op:
-        batch, heads, rows, keys, dim = case.attention_shape
-        if rows == 1 and direction == "forward":
-            # Decoding reads K and V once for all heads of a group; q and the output are 1/keys of that.
-            return 2 * batch * case.options.get("nheads_kv", heads) * keys * dim * size, "GB/s"
-        if case.options.get("mask") == "padding":
-            keys //= 2
-        pairs = rows * keys
-        if case.options.get("causal"):  # bottom-right: row i sees keys - rows + i + 1 keys
-            pairs = sum(max(0, min(keys, keys - rows + i + 1)) for i in range(rows))
-        elif case.options.get("is_causal"):  # top-left: row i sees i + 1 keys
-            pairs = sum(min(keys, i + 1) for i in range(rows))
-        # Forward q·kᵀ and p·v: 2 products of 2·D per pair. Backward 5 products (p again, dp, dv, dq, dk): ×2.5.
-        passes = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[direction]
-        return 4 * batch * heads * pairs * dim * passes, "GFLOP/s"
-    if case.op in ("ffn", "glu_ffn"):
-        tokens, model, hidden = case.shape
-        products = 2 if case.op == "ffn" else 3
-        # Backward: the gradient of each product's input and of its weight, ×2.
-        return products * 2 * tokens * model * hidden * (3 if both else 1), "GFLOP/s"
-    if case.op == "rope":
-        elements = case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
-        # Forward reads x and writes out; backward reads dout and writes dx. The angles (N, R/2) are 1/heads of that or
-        # less.
-        return (4 if both else 2) * elements * size, "GB/s"
-    rows, columns = case.shape
-    # Forward reads x and writes y; backward reads dy and x and writes dx. Weights and statistics are 1/rows or
-    # 1/columns of it. A residual is one more input, and its sum with x one more output where the backward pass needs
-    # it.
-    residual = 1 if case.options.get("residual") else 0
-    return (5 + 2 * residual if both else 2 + residual) * rows * columns * size, "GB/s"
-
-
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_model()
 
@@ -177,20 +140,20 @@ class Bench:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def rows(self, case: Case, dtype_name: str, line: Line | None = None) -> Iterator[Row]:
-        """Every direction against every peer, or one row that says why there are no figures.
-
-        ``line`` gives the directions and the bars of its case; without it there are DIRECTIONS and no bars.
-        """
+    def rows(
+        self, case: Case, dtype_name: str, directions: Sequence[str] = DIRECTIONS, line: Line | None = None
+    ) -> Iterator[Row]:
+        """Every direction against every peer, or rows that say why there are no figures; with the bars of ``line``."""
         dtype = cases.DTYPES[dtype_name]
-        directions = line.directions if line else DIRECTIONS
         oracle = check.Oracle(case, dtype, self.device, gradients=len(directions) > 1)
         implementation, isa, reason = check.running(case, oracle.tensors, self.implementation)
         start: dict[str, Any] = {"op": case.op, "case": case.label, "shape": case.shape, "dtype": dtype_name}
         start |= {"implementation": implementation, "isa": isa}
         verdict, note = (check.UNAVAILABLE, reason) if reason else gate(oracle, self.implementation)
         if verdict != check.OK:
-            yield Row(**start, direction="", peer="", verdict=verdict, note=note, **self.facts)
+            for direction in directions if line else ("",):
+                bar = line.bar(dtype_name, direction) if line else {}
+                yield Row(**start, direction=direction, peer="", verdict=verdict, note=note, **bar, **self.facts)
             return
         errors = compared(oracle, self.implementation) if line else {}
         wanted = list(self.wanted)
@@ -199,12 +162,11 @@ class Bench:
             ours = timings.pop(OURS)
             figures = self._figures(case, oracle, direction, ours, timings.pop(COPY, None))
             if line:
-                figures |= {
-                    "bar": line.ratio(dtype_name, direction),
-                    "roofline_bar": line.share(dtype_name, direction),
-                    "errors": {
-                        key: value for key, value in errors.items() if (key[:5] == "grad ") == (direction == "backward")
-                    },
+                figures |= line.bar(dtype_name, direction)
+                figures["errors"] = {
+                    result: error
+                    for result, error in errors.items()
+                    if result.startswith("grad") == (direction == "backward")
                 }
             for peer, theirs in timings.items():
                 row = {**start, "direction": direction, "peer": peer}
@@ -217,7 +179,7 @@ class Bench:
                     **figures,
                     **self.facts,
                 )
-                if not line and direction == directions[0] and theirs.median > HOPELESS * self.budget:
+                if not line and direction != directions[-1] and theirs.median > HOPELESS * self.budget:
                     wanted.remove(peer.partition(":")[0])
                     note = f"not timed against {peer}, whose forward pass alone took {theirs.median:.1f} s"
                     yield Row(**{**row, "direction": directions[1]}, verdict=check.UNAVAILABLE, note=note, **self.facts)
@@ -248,14 +210,15 @@ class Bench:
 
 
 def compared(oracle: check.Oracle, implementation: str) -> dict[str, dict[str, float]]:
-    """By result: the relative Frobenius and the largest error against float64, fastattn's and SDPA's.
-
-    With dropout, whose mask SDPA draws by itself, plain PyTorch stands for SDPA: it is what SDPA then runs.
-    """
+    """By result: the relative Frobenius and the largest error against float64, fastattn's and SDPA's."""
     case, t = oracle.case, oracle.tensors
     ours = oracle.results(cases.ours(case, t, implementation))
-    theirs = oracle.plain
-    if not case.options.get("dropout_p"):
+    if case.options.get("dropout_p"):
+        # SDPA draws a mask of its own. What it then runs is plain PyTorch in float32, rounded at the end.
+        wide = {name: x.detach().float().requires_grad_() if x.requires_grad else x for name, x in t.items()}
+        found = check.evaluate(cases.plain(case, wide), wide, oracle.cotangents)
+        theirs = {name: result.to(ours[name].dtype) for name, result in found.items()}
+    else:
         (call,) = peers(case, t, ["sdpa"]).values()
         theirs = oracle.results(call())
     return {
@@ -363,7 +326,58 @@ def run_bars(
     with Progress("bars", len(chosen)) as progress:
         for line, dtype in chosen:
             progress.step(f"{line.text} {dtype}")
-            rows += bench.rows(line.case, dtype, line)
+            rows += bench.rows(line.case, dtype, line.directions, line)
+    return rows
+
+
+def run_sweep(dtypes: Sequence[str] = bars.DTYPES, *, only: str = "") -> list[Row]:
+    """Measure fastattn/cli/sweep.py's calls with ``only`` in their name; what is slower than torch is measured twice."""
+    torch.set_num_threads(bars.THREADS)
+    chosen = [
+        (case, dtype) for case in sweep.calls() for dtype in dtypes if only in bars.name(case.shape, case.label, "")
+    ]
+    bench = Bench("cpu", ("sdpa",), "auto", sweep.SECONDS)
+    rows: list[Row] = []
+    with Progress("sweep", len(chosen)) as progress:
+        for case, dtype in chosen:
+            progress.step(f"{bars.name(case.shape, case.label, '')} {dtype}")
+            directions = sweep.directions(case, dtype)
+            bench.budget = sweep.SECONDS
+            found = list(bench.rows(case, dtype, directions))
+            if below(found, 1.0):
+                bench.budget = sweep.AGAIN_SECONDS
+                found = list(bench.rows(case, dtype, directions))
+            rows += found
+    return rows
+
+
+def run_scaling(lengths: Sequence[int] = scaling.LENGTHS, budget: float = scaling.SECONDS) -> list[Row]:
+    """Measure time and memory of fastattn/cli/scaling.py's call at each length, in a process each."""
+    facts = Bench("cpu", ("sdpa",), "auto", 0.0).facts | {"threads": bars.THREADS}
+    rows = []
+    with Progress("scaling", len(lengths)) as progress:
+        for length in lengths:
+            progress.step(f"N = {length}")
+            case = scaling.case(length)
+            tensors = cases.make_tensors(case, cases.DTYPES[scaling.DTYPE], torch.device("cpu"))
+            implementation, isa, _ = check.running(case, tensors, "auto")
+            found = scaling.in_own_process(length, budget)
+            start: dict[str, Any] = {"op": case.op, "case": case.label, "shape": case.shape, "dtype": scaling.DTYPE}
+            start |= {
+                "direction": "forward",
+                "implementation": implementation,
+                "isa": isa,
+                "peer": scaling.PEER,
+                **facts,
+            }
+            if found["verdict"] != check.OK:
+                rows.append(Row(**start, verdict=found["verdict"], note=found["note"]))
+                continue
+            ours, theirs = (Timing(**found["timings"][name]) for name in (OURS, scaling.PEER))
+            amount, unit = work(case, cases.DTYPES[scaling.DTYPE], "forward")
+            start |= {**_named(ours, ""), **_named(theirs, "peer_"), "rate": amount / ours.median / 1e9, "unit": unit}
+            start |= {"memory": found["memory"][OURS], "peer_memory": found["memory"][scaling.PEER]}
+            rows.append(Row(**start, verdict=check.OK, ratio=theirs.median / ours.median))
     return rows
 
 
@@ -383,7 +397,8 @@ def render(rows: Sequence[Row]) -> None:
     """Print the table: the ratio first, then times, rate and its share of the measured limit; the reasons of FAILED last."""
     columns = ["op", "shape", "dtype", "pass", "by", "against", "ratio", "ms [p20, p80]", "theirs", "rate", "roof"]
     with_bars = any(row.bar is not None for row in rows)
-    columns += ["error / theirs"] if with_bars else []
+    with_memory = any(row.memory is not None for row in rows)
+    columns += ["error / theirs"] if with_bars else ["memory", "theirs"] if with_memory else []
     lines, styles = [], []
     for row in rows:
         call = (cases.title(row.op, row.case), "x".join(map(str, row.shape)), row.dtype, SHORT.get(row.direction, ""))
@@ -392,7 +407,7 @@ def render(rows: Sequence[Row]) -> None:
             lines.append((*start, row.verdict, *[""] * (len(columns) - len(start) - 1)))
             styles.append("red")
             continue
-        assert row.ratio is not None and row.rate is not None and row.roofline_percent is not None
+        assert row.ratio is not None and row.rate is not None
         ours = _milliseconds(row.median or 0, row.p20 or 0, row.p80 or 0)
         theirs = _milliseconds(row.peer_median or 0, row.peer_p20 or 0, row.peer_p80 or 0)
         rate = f"{row.rate:.0f} {row.unit}" if row.rate >= 10 else f"{row.rate:.2f} {row.unit}"
@@ -400,6 +415,8 @@ def render(rows: Sequence[Row]) -> None:
         if with_bars:
             result, error = bars.error_ratio(row)
             lines[-1] += (f"{error:.2f} {result}",)
+        elif with_memory:
+            lines[-1] += tuple(f"{(size or 0) / 2**20:.1f} MiB" for size in (row.memory, row.peer_memory))
         bar = row.bar or 1
         styles.append("green" if row.ratio >= bar else "yellow" if row.ratio >= 0.95 * bar else "red")
     print_table(
@@ -450,6 +467,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--isa", choices=list(limited.ENVIRONMENT), help="bars: the lines limited to it, and torch with them"
     )
+    parser.add_argument(
+        "--sweep", action="store_true", help="attention: many sizes, the worst ratios; exit code 1 if one is below 1"
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="attention: time and memory against N up to 131072; --plot draws them"
+    )
     parser.add_argument("--save", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
     parser.add_argument("--fail-below", type=float, metavar="RATIO", help="exit code 1 if a row is slower than that")
@@ -485,11 +508,17 @@ def main(args: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(cases.OPS)}")
     with_bars = wants_bars(args)
-    if not with_bars and (args.only or args.isa):
+    if (args.only or args.isa or args.sweep or args.scaling) and not with_bars:
         raise ValueError(
-            "--only and --isa choose among the bars: `bench attention` on a CPU, without other cases or peers"
+            "--only, --isa, --sweep and --scaling are of `bench attention` on a CPU, without other cases or peers"
         )
-    if with_bars:
+    if args.scaling:
+        rows = run_scaling(budget=args.seconds or scaling.SECONDS)
+        missed = below(rows, 0.0)
+    elif args.sweep:
+        rows = run_sweep(args.dtype or bars.DTYPES, only=args.only or "")
+        missed = below(rows, 1.0)
+    elif with_bars:
         rows = all_bars(args)
         missed = [row for row in rows if bars.missed(row)]
     else:
@@ -507,16 +536,23 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"passed": not missed, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
-        render(rows)
-        if with_bars:
-            bars.render(rows)
-        for row in missed if args.fail_below else []:
-            shape = "x".join(map(str, row.shape))
-            print(
-                f"below {args.fail_below}: {row.op} [{row.case}] {shape} {row.dtype} {row.direction} against {row.peer}"
-            )
+        show(rows, missed, args)
     if args.save:
         save(rows, args.save)
     if args.plot:
-        plot(rows, args.plot)
+        (plot_scaling if args.scaling else plot)(rows, args.plot)
     return 1 if missed else 0
+
+
+def show(rows: Sequence[Row], missed: Sequence[Row], args: argparse.Namespace) -> None:
+    """Print what was measured and, where there is a bar, what missed it."""
+    if args.sweep:
+        render(sweep.worst(rows))
+        print(sweep.summary(rows))
+        return
+    render(rows)
+    if any(row.bar is not None for row in rows):
+        bars.render(rows)
+    for row in missed if args.fail_below else []:
+        shape = "x".join(map(str, row.shape))
+        print(f"below {args.fail_below}: {row.op} [{row.case}] {shape} {row.dtype} {row.direction} against {row.peer}")

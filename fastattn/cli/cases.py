@@ -175,6 +175,46 @@ def reduction_length(case: Case) -> int:
     return 1 if case.op == "rope" else max(case.shape)
 
 
+def work(case: Case, dtype: torch.dtype, direction: str) -> tuple[float, str]:
+    """(amount, "GFLOP/s" or "GB/s"): floating-point operations of matrix products, or bytes that must move, per call.
+
+    The count is of the mathematics, not of an implementation: what is recomputed does not count.
+    """
+    both = direction == "forward+backward"
+    size = dtype.itemsize
+    if "attention" in case.op:
+        batch, heads, rows, keys, dim = case.attention_shape
+        if rows == 1 and direction == "forward":
+            # Decoding reads K and V once for all heads of a group; q and the output are 1/keys of that.
+            return 2 * batch * case.options.get("nheads_kv", heads) * keys * dim * size, "GB/s"
+        if case.options.get("mask") == "padding":
+            keys //= 2
+        pairs = rows * keys
+        if case.options.get("causal"):  # bottom-right: row i sees keys - rows + i + 1 keys
+            pairs = sum(max(0, min(keys, keys - rows + i + 1)) for i in range(rows))
+        elif case.options.get("is_causal"):  # top-left: row i sees i + 1 keys
+            pairs = sum(min(keys, i + 1) for i in range(rows))
+        # Forward q·kᵀ and p·v: 2 products of 2·D per pair. Backward 5 products (p again, dp, dv, dq, dk): ×2.5.
+        passes = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[direction]
+        return 4 * batch * heads * pairs * dim * passes, "GFLOP/s"
+    if case.op in ("ffn", "glu_ffn"):
+        tokens, model, hidden = case.shape
+        products = 2 if case.op == "ffn" else 3
+        # Backward: the gradient of each product's input and of its weight, ×2.
+        return products * 2 * tokens * model * hidden * (3 if both else 1), "GFLOP/s"
+    if case.op == "rope":
+        elements = case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
+        # Forward reads x and writes out; backward reads dout and writes dx. The angles (N, R/2) are 1/heads of that or
+        # less.
+        return (4 if both else 2) * elements * size, "GB/s"
+    rows, columns = case.shape
+    # Forward reads x and writes y; backward reads dy and x and writes dx. Weights and statistics are 1/rows or
+    # 1/columns of it. A residual is one more input, and its sum with x one more output where the backward pass needs
+    # it.
+    residual = 1 if case.options.get("residual") else 0
+    return (5 + 2 * residual if both else 2 + residual) * rows * columns * size, "GB/s"
+
+
 def make_tensors(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """Random tensors of one case; the differentiable ones require grad. Activations are N(0, 1), weights keep that variance."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""The speed table as a PNG: ratio bars, one line per shape and dtype, grouped by operation."""
+"""Rows as a PNG: the speed table as ratio bars, one line per shape and dtype, and growth with the sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,59 @@ def plot(rows: Sequence[Row], path: str | Path) -> Path:
     figure.legend(
         handles, [_legend(stem, shown) for stem in stems], loc="outside lower center", ncols=len(stems), fontsize=9
     )
+    return _write(figure, path)
+
+
+def plot_scaling(rows: Sequence[Row], path: str | Path) -> Path:
+    """Draw the rows of ``--scaling``: time and memory of a call against N, beside lines that grow as N² and as N.
+
+    The lines pass through fastattn's last point. Errors as ``plot``.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install 'fastattn[bench]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    shown = [row for row in rows if row.median and row.peer_median and row.memory is not None]
+    if not shown:
+        raise ValueError("no row has figures to plot")
+    lengths = [row.shape[2] for row in shown]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    panels = (
+        ("time of a call (s)", [row.median or 0.0 for row in shown], [row.peer_median or 0.0 for row in shown], 2),
+        ("memory that a call adds (MiB)", _mebibytes(row.memory for row in shown),
+         _mebibytes(row.peer_memory for row in shown), 1),
+    )  # fmt: skip
+    for axis, (title, ours, theirs, power) in zip(axes, panels, strict=True):
+        growth = [ours[-1] * (length / lengths[-1]) ** power for length in lengths]
+        axis.plot(lengths, growth, color="grey", linestyle="--", linewidth=1, label="N²" if power == 2 else "N")
+        axis.plot(
+            lengths, theirs, color=COLOURS["sdpa"], marker="s", markersize=4, label="F.scaled_dot_product_attention"
+        )
+        axis.plot(lengths, ours, color=COLOURS["compile"], marker="o", markersize=4, label="fastattn.attention")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [str(length) for length in lengths], fontsize=8)
+        axis.set_xlabel("N")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    first = shown[0]
+    figure.suptitle(f"attention forward, {first.dtype}, (B, H, N, D) = (1, 1, N, {first.shape[-1]})\n{first.device}, "
+                    f"{first.threads} threads, torch {first.torch}", fontsize=10)  # fmt: skip
+    return _write(figure, path)
+
+
+def _mebibytes(sizes: Iterable[int | None]) -> list[float]:
+    """On a logarithmic axis: what is below one page counts as one."""
+    return [max(size or 0, 4096) / 2**20 for size in sizes]
+
+
+def _write(figure: Any, path: str | Path) -> Path:
+    import matplotlib.pyplot as pyplot
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

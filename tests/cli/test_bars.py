@@ -173,7 +173,7 @@ def test_a_wrong_result_is_missed_and_has_no_figure(short, monkeypatch, capsys):
     monkeypatch.setattr(ops, "attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     assert cli.main(["bench", "attention", "--dtype", "float32", "--seconds", "0.001"]) == 1
     text = capsys.readouterr().out
-    assert "missed: 1x2x9x8 float32: FAILED: out: error" in text and "≥" not in text
+    assert "missed: 1x2x9x8 float32 backward: FAILED: out: error" in text and "≥" not in text
 
 
 def test_only_and_isa_are_for_the_bars():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import struct
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from fastattn import __main__ as cli
 from fastattn import ops
-from fastattn.cli import bench, cases, measure, peers
+from fastattn.cli import bench, cases, measure, peers, sweep
 from fastattn.cli.cases import Case
 
 CPU = torch.device("cpu")
@@ -163,6 +164,65 @@ def test_plot(tmp_path):
     width, height = struct.unpack(">II", data[16:24])
     assert 1200 < width < 2400 and 250 < height < 1200
     assert len(data) > 15_000
+
+
+def test_scaling(tmp_path):
+    """Two lengths, each in its own process: checked, timed, and the memory of a call is its output's order, not N²'s."""
+    rows = bench.run_scaling((512, 4096), budget=0.01)
+    assert [row.shape for row in rows] == [(1, 1, 512, 64), (1, 1, 4096, 64)]
+    for row in rows:
+        assert row.verdict == "ok" and row.threads == 2 and row.memory is not None
+        assert row.ratio == pytest.approx(row.peer_median / row.median)
+    assert 4096 * 64 * 2 <= rows[1].memory < 4096 * 4096 * 2 / 4
+    pytest.importorskip("matplotlib")
+    data = bench.plot_scaling(rows, tmp_path / "new" / "scaling.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 15_000
+
+
+def test_sweep_covers_the_sizes():
+    found = list(sweep.calls())
+    shapes = [case.attention_shape for case in found]
+    assert {dim for *_, dim in shapes} == set(sweep.HEAD_DIMS) and {32, 256} <= set(sweep.HEAD_DIMS)
+    assert {rows for _, _, rows, keys, _ in shapes if rows == keys} == set(sweep.LENGTHS)
+    assert {1, 512} <= {batch * heads for batch, heads, *_ in shapes}
+    assert {(rows, keys) for _, _, rows, keys, _ in shapes if rows != keys} == set(
+        itertools.product(sweep.QUERIES, sweep.KEYS)
+    )
+    assert {bool(case.options) for case in found} == {True, False}
+    for case in found:
+        assert (
+            sweep.flop(case)
+            == bench.work(dataclasses.replace(case, options={}), torch.float32, "forward+backward")[0] / 3.5
+        )
+        assert sweep.flop(case) <= sweep.MAX_FLOP
+    assert {sweep.directions(case, "float16") for case in found} == {("forward",), ("forward", "backward")}
+
+
+def test_sweep_lists_what_is_slower(monkeypatch, capsys):
+    """A row below 1 is measured a second time, with more time; if it stays there, it is listed and the exit code is 1."""
+    monkeypatch.setattr(sweep, "calls", lambda: [Case("attention", (1, 2, 9, 8)), Case("attention", (1, 2, 5, 8))])
+    monkeypatch.setattr(sweep, "SHOWN", 0)
+    monkeypatch.setattr(measure.MatrixPeak, "SIZES", (16,))
+    budgets = []
+
+    def timed(calls, budget, device):
+        budgets.append(budget)
+        slower = 2.0 if len(budgets) > 2 else 1.0  # all of the first call's
+        return {name: measure.Timing(*[1.5 if name == bench.OURS else slower] * 3, 5) for name in calls}
+
+    monkeypatch.setattr(bench, "interleave", timed)
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main(["bench", "attention", "--sweep", "--dtype", "float32"]) == 0
+        assert budgets == [sweep.SECONDS] * 2 + [sweep.AGAIN_SECONDS] * 2 + [sweep.SECONDS] * 2
+        assert "float32 forward: 2 rows, worst ratio 1.33, 0 below 1" in capsys.readouterr().out
+        slow = {True: measure.Timing(2.0, 2.0, 2.0, 5), False: measure.Timing(1.0, 1.0, 1.0, 5)}
+        monkeypatch.setattr(bench, "interleave", lambda calls, *_: {name: slow[name == bench.OURS] for name in calls})
+        assert cli.main(["bench", "attention", "--sweep", "--dtype", "float32", "--only", "1x2x9"]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    assert text.count("1x2x9x8") == 2 and "float32 backward: 1 rows, worst ratio 0.50, 1 below 1" in text
 
 
 def test_plot_without_matplotlib(tmp_path, monkeypatch):
