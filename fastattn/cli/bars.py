@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float32", "float16")
 DIRECTIONS = ("forward", "backward")
 THREADS = 2
+#: Seconds per row, all contenders together: long enough for several calls of each but torch's slowest.
+SECONDS = 3.0
 ERROR_NOISE = 1.05
 #: A bar for each of DIRECTIONS, or for the forward pass alone.
 Bars = tuple[float, ...]
@@ -157,7 +159,7 @@ def render(rows: Sequence[Row]) -> None:
     lines = [(text, *(line.get(column, "") for column in columns)) for text, line in cells.items()]
     styles = ["red" if any("<" in cell or cell == check.FAILED for cell in line) else "green" for line in lines]
     heads = [f"{dtype} {direction}" for dtype, direction in columns]
-    title = f"attention: torch's time / fastattn's on {THREADS} threads, against its bar"
+    title = "their time / fastattn's, and its bar"
     print_table(("case (B, H, N, D)", *heads), lines, styles=styles, title=title)
     for limits in dict.fromkeys(row.limits for row in rows if row.limits):
         print(f"{limits.partition(' ')[0]}: a process with {limits}")

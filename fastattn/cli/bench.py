@@ -313,7 +313,7 @@ def run(
 
 
 def run_bars(
-    dtypes: Sequence[str] = bars.DTYPES, *, isa: str = "", only: str = "", budget: float = ROW_SECONDS
+    dtypes: Sequence[str] = bars.DTYPES, *, isa: str = "", only: str = "", budget: float = bars.SECONDS
 ) -> list[Row]:
     """Measure the lines of fastattn/cli/bars.py with ``only`` in their name, on bars.THREADS threads.
 
@@ -460,7 +460,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", nargs="+", choices=list(PEERS), help="default: all; bars: sdpa")
     parser.add_argument("--shape", help="; ".join(f"{op}: {shape}" for op, shape in cases.SHAPES.items()))
     parser.add_argument("--quick", action="store_true", help="one small shape per op, 0.2 s a row, no torch.compile")
-    parser.add_argument("--seconds", type=float, help=f"per row, all contenders together (default {ROW_SECONDS})")
+    parser.add_argument(
+        "--seconds", type=float, help=f"per row, all contenders together (default {ROW_SECONDS}, bars {bars.SECONDS})"
+    )
     parser.add_argument(
         "--only", metavar="TEXT", help="bars: the lines with TEXT in their name, such as 2048x128 or causal"
     )
@@ -486,7 +488,7 @@ def wants_bars(args: argparse.Namespace) -> bool:
 
 def all_bars(args: argparse.Namespace) -> list[Row]:
     """The rows of the bars asked for: this process's, and those of a process per instruction set to be limited to."""
-    only, budget, dtypes = args.only or "", args.seconds or ROW_SECONDS, args.dtype or bars.DTYPES
+    only, budget, dtypes = args.only or "", args.seconds or bars.SECONDS, args.dtype or bars.DTYPES
     if args.isa and limited.in_force(args.isa):
         return run_bars(dtypes, isa=args.isa, only=only, budget=budget)
     rows = [] if args.isa else run_bars(dtypes, only=only, budget=budget)
