@@ -67,24 +67,39 @@ def instruction_level(code: list[str], text: str) -> str:
     return NEVER if newer else "baseline"
 
 
-def violations(binary: Path) -> Iterator[tuple[str, str]]:
-    """(function, first instruction beyond its level) of every function of ``binary`` that has one."""
+def functions(binary: Path) -> Iterator[tuple[str, list[tuple[list[str], str]]]]:
+    """(demangled name, [(bytes, text) of each instruction]) of every function of ``binary``."""
     command = ["objdump", "-d", "-w", "--demangle", str(binary)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        function, allowed, reported = "", 0, False
+        name, body = "", []
         for line in process.stdout:
-            if line[0] != " ":
-                header = _FUNCTION.match(line.rstrip())
-                if header:
-                    function, reported = header[1], False
-                    allowed = LEVELS.index(function_level(function))
-                continue
-            if reported:
-                continue
-            _, code, *text = line.rstrip("\n").split("\t")
-            level = instruction_level(code.split(), text[0] if text else "")
-            if level == NEVER or LEVELS.index(level) > allowed:
-                reported = True
-                yield function, text[0].strip()
+            if line[0] == " ":
+                _, code, *text = line.rstrip("\n").split("\t")
+                body.append((code.split(), text[0].rstrip() if text else ""))
+            elif header := _FUNCTION.match(line.rstrip()):
+                yield name, body
+                name, body = header[1], []
+        yield name, body
     assert process.returncode == 0, f"objdump failed on {binary}"
+
+
+def violations(binary: Path) -> Iterator[tuple[str, str]]:
+    """(function, first instruction beyond its level) of every function of ``binary`` that has one."""
+    for name, body in functions(binary):
+        allowed = LEVELS.index(function_level(name))
+        for code, text in body:
+            level = instruction_level(code, text)
+            if level == NEVER or LEVELS.index(level) > allowed:
+                yield name, text
+                break
+
+
+def tiles_left_configured(binary: Path) -> list[str]:
+    """Functions that load a tile configuration and hold no release: AMX state that would outlive a kernel."""
+    left = []
+    for name, body in functions(binary):
+        mnemonics = {text.split(" ", 1)[0] for _, text in body}
+        if "ldtilecfg" in mnemonics and "tilerelease" not in mnemonics:
+            left.append(name)
+    return left

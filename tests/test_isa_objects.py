@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from instruction_scan import NAMESPACES, violations
+from instruction_scan import NAMESPACES, tiles_left_configured, violations
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "fastattn" / "_C.so"
@@ -21,6 +21,11 @@ def test_instructions_stay_in_their_target() -> None:
     assert shutil.which("objdump"), "objdump is part of binutils, without which the core was not built here"
     found = [f"{path.name}: {function}: {instruction}" for path in BUILT for function, instruction in violations(path)]
     assert not found, "\n".join(found[:20])
+
+
+@pytest.mark.skipif(not BUILT, reason="the C++ core is not built")
+def test_tile_state_is_released_where_it_is_configured() -> None:
+    assert not tiles_left_configured(BUILT[0])
 
 
 @pytest.mark.skipif(not BUILT, reason="the C++ core is not built")
@@ -116,3 +121,14 @@ def test_the_scan_finds(mistake: str, tmp_path: Path) -> None:
     command = ["g++", "-std=c++17", "-O2", "-c", "planted.cpp", "-o", "planted.o"]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert {function for function, _ in violations(tmp_path / "planted.o")} == expected
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("objdump")), reason="needs g++ and objdump")
+def test_the_scan_finds_tiles_left_configured(tmp_path: Path) -> None:
+    source = """
+    extern "C" void leaves(void* c) { asm volatile("ldtilecfg (%0)" : : "r"(c)); }
+    extern "C" void clean(void* c) { asm volatile("ldtilecfg (%0); tilerelease" : : "r"(c)); }
+    """
+    (tmp_path / "planted.cpp").write_text(source)
+    subprocess.run(["g++", "-O2", "-c", "planted.cpp", "-o", "planted.o"], cwd=tmp_path, check=True)
+    assert tiles_left_configured(tmp_path / "planted.o") == ["leaves"]
