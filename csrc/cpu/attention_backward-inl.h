@@ -111,7 +111,7 @@ class AttentionBackward {
   // all of them.
   int64_t queries_together() const {
     if (!for_queries_) return 1;
-    const int64_t operand = sizeof(T) * (for_keys_ ? 2 : 1), sum = sizeof(A);
+    const int64_t operand = sizeof(T) * G::kParts * (for_keys_ ? 2 : 1), sum = sizeof(A);
     const int64_t bytes = kAttentionQueries * ((p_.head_dim + p_.head_dim_v) * operand + p_.head_dim * sum);
     return std::max<int64_t>(1,
                              std::min<int64_t>(kQueryBlocksResident, kResidentQueries / std::max<int64_t>(1, bytes)));

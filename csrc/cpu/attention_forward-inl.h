@@ -75,7 +75,7 @@ class AttentionForward {
   int64_t query_blocks() const { return (p_.rows + kAttentionQueries - 1) / kAttentionQueries; }
 
   static int64_t blocks_together(const AttentionParams& p) {
-    const int64_t channels = p.head_dim + p.head_dim_v, operand = sizeof(T);
+    const int64_t channels = p.head_dim + p.head_dim_v, operand = sizeof(T) * G::kParts;
     const int64_t state = kAttentionQueries * (p.head_dim * operand + p.head_dim_v * static_cast<int64_t>(sizeof(A)));
     if (p.keys * channels * operand <= 2 * kResidentBytes) return 1;
     return std::max<int64_t>(1, std::min(kQueryBlocksTogether, kResidentBytes / std::max<int64_t>(1, state)));

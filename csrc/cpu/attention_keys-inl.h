@@ -65,7 +65,7 @@ class OperandRows {
         ld_converted_(round_up(channels, G::kDepth) * G::kParts),
         channels_(channels),
         ready_(scratch.take<bool>(kInPlace ? 0 : count / kAttentionKeys + 1)),
-        converted_(scratch.take<T>(kInPlace ? 0 : count * ld_converted_)) {}
+        converted_(scratch.take<T>(kInPlace ? 0 : (count + kGemmRowsRead) * ld_converted_)) {}
 
   void reset(const S* rows, int64_t ld, int64_t count) {
     rows_ = rows, ld_ = ld, count_ = count;
@@ -161,7 +161,7 @@ class OperandColumns {
         blocks_((count + kAttentionKeys - 1) / kAttentionKeys),
         shared_(shared),
         state_(scratch.take<uint8_t>(blocks_)),
-        data_(scratch.take<T>(blocks_ * channels * kTransposedLd)) {}
+        data_(scratch.take<T>(blocks_ * size())) {}
 
   void reset(const S* rows, int64_t ld, int64_t count) {
     rows_ = rows, ld_ = ld, count_ = count;
@@ -174,7 +174,7 @@ class OperandColumns {
   void multiply(const ScoreBlock& block, const T* packed, A* o, bool accumulate, const Weight& weight) {
     const int64_t index = block.key / kAttentionKeys, at = block.key % kAttentionKeys;
     if (state_[index] == kEmpty) fill(index);
-    const T* data = data_ + index * channels_ * kTransposedLd;
+    const T* data = data_ + index * size();
     if constexpr (!G::kTakesColumns) {
       G::multiply(data + at, kTransposedLd, packed, channels_, block.lanes, block.keys, o, block.lanes, accumulate);
     } else if (kShared && state_[index] == kReady) {
@@ -206,10 +206,12 @@ class OperandColumns {
   void fill(int64_t block) {
     const int64_t begin = block * kAttentionKeys, count = std::min(kAttentionKeys, count_ - begin);
     const S* rows = rows_ + begin * ld_;
-    T* data = data_ + block * channels_ * kTransposedLd;
+    T* data = data_ + block * size();
     const bool finite = rows_are_finite(rows, ld_, count, channels_);
     state_[block] = finite ? kReady : kSpecial;
-    if constexpr (!G::kTakesColumns) {
+    if constexpr (G::kParts > 1) {
+      fill_parts(rows, count, finite, data);
+    } else if constexpr (!G::kTakesColumns) {
       transpose_block(rows, ld_, count, channels_, data, kAttentionKeys);
       for (int64_t r = 0; !finite && r < count; ++r) {
         if (rows_are_finite(rows + r * ld_, ld_, 1, channels_)) continue;
@@ -230,6 +232,29 @@ class OperandColumns {
       }
     }
   }
+
+  // The transpose in parts, by way of a few channels in the accumulation dtype. All that a product may read beyond the
+  // rows there are is finite.
+  void fill_parts(const S* rows, int64_t count, bool finite, T* data) {
+    constexpr int64_t kChannels = 16;
+    A tile[kChannels * kAttentionKeys];
+    std::fill(tile, tile + kChannels * kAttentionKeys, A(0));
+    for (int64_t d = 0; d < channels_; d += kChannels) {
+      const int64_t width = std::min(kChannels, channels_ - d);
+      transpose_block(rows + d, ld_, count, width, tile, kAttentionKeys);
+      for (int64_t r = 0; !finite && r < count; ++r) {
+        if (rows_are_finite(rows + r * ld_, ld_, 1, channels_)) continue;
+        for (int64_t i = 0; i < width; ++i) tile[i * kAttentionKeys + r] = A(0);
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        G::convert_row(tile + i * kAttentionKeys, kAttentionKeys, data + (d + i) * kTransposedLd, kTransposedLd);
+      }
+    }
+    std::fill_n(data + channels_ * kTransposedLd, G::kDepth, T{});
+  }
+
+  // Elements of a block; the last part of its last channel may be read a little beyond its end.
+  int64_t size() const { return kTransposedLd * (G::kParts == 1 ? channels_ : round_up(channels_, kGemmRowsRead) + 1); }
 
   int64_t count_, channels_, blocks_, ld_ = 0;
   OperandRows<S>* shared_;

@@ -9,45 +9,45 @@
 //
 // L2 budget with 128 x 512 items: sums 256 KiB, A 136 KiB, B streams past.
 
-template <class T>
+template <class G>
 inline int64_t depth_block(int64_t K) {
-  constexpr int64_t kMost = 1024 / sizeof(T);
+  constexpr int64_t kMost = kMostDepth<G>;
   const int64_t blocks = std::max<int64_t>(1, (K + kMost - 1) / kMost);
   return std::max<int64_t>(32, round_up((K + blocks - 1) / blocks, 32));
 }
 
-// Rows of `dense` are a little over depth_block long: an odd number of cache lines apart.
-template <class T>
+// Rows of `dense` are a little over depth_block long: the parts of one are an odd number of cache lines apart.
+template <class G>
 inline int64_t dense_stride(int64_t depth) {
-  return depth + 64 / static_cast<int64_t>(sizeof(T));
+  return G::kParts * (depth + 64 / static_cast<int64_t>(sizeof(typename G::T)));
 }
 
-// dense[m][k] = a[m * lda + k] in the operand type, zero for depth <= k < padded.
-template <class S, class T>
-inline void copy_rows(const S* a, int64_t lda, int64_t rows, int64_t depth, int64_t padded, T* dense, int64_t stride) {
+// dense[m][k] = a[m * lda + k] in the operand's form, zero for depth <= k < padded.
+template <class S>
+inline void copy_rows(const S* a, int64_t lda, int64_t rows, int64_t depth, int64_t padded,
+                      typename GemmOf<S>::T* dense, int64_t stride) {
+  using T = typename GemmOf<S>::T;
   for (int64_t m = 0; m < rows; ++m) {
     const S* from = a + m * lda;
     T* to = dense + m * stride;
     if constexpr (std::is_same_v<S, T>) {
       std::memcpy(to, from, depth * sizeof(T));
+      std::memset(to + depth, 0, (padded - depth) * sizeof(T));
     } else {
-      int64_t k = 0;
-      for (; k + VecF::kLanes <= depth; k += VecF::kLanes) VecF::load(from + k).store(to + k);
-      for (; k < depth; ++k) to[k] = to_acc(from[k]);
+      GemmOf<S>::convert_row(from, depth, to, stride);
     }
-    std::memset(to + depth, 0, (padded - depth) * sizeof(T));
   }
 }
 
 // Rows a multiple of 4 KiB apart share one set of L1, which holds fewer of them than a register block needs.
 template <class S>
 inline bool reads_in_place(int64_t lda) {
-  return std::is_same_v<S, GemmOperand<S>> && lda * sizeof(S) % 4096 != 0;
+  return std::is_same_v<S, typename GemmOf<S>::T> && lda * sizeof(S) % 4096 != 0;
 }
 
 // The same from a transposed matrix: dense[m][k] = a[k * lda + m]. Squares of kLanes x kLanes turn over in registers.
-template <class S>
-inline void copy_columns(const S* a, int64_t lda, int64_t rows, int64_t depth, int64_t padded, float* dense,
+template <class S, class T>
+inline void copy_columns(const S* a, int64_t lda, int64_t rows, int64_t depth, int64_t padded, T* dense,
                          int64_t stride) {
   constexpr int kLanes = VecF::kLanes;
   for (int64_t k = 0; k < padded; k += kLanes) {
@@ -60,7 +60,13 @@ inline void copy_columns(const S* a, int64_t lda, int64_t rows, int64_t depth, i
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        if (m + i < rows) block[i].store_n(dense + (m + i) * stride + k, std::min<int64_t>(kLanes, padded - k));
+        if (m + i >= rows) continue;
+        T* to = dense + (m + i) * stride + k;
+        if constexpr (GemmOf<S>::kParts > 1) {
+          GemmOf<S>::store_row(block[i], to, stride);
+        } else {
+          block[i].store_n(to, std::min<int64_t>(kLanes, padded - k));
+        }
       }
     }
   }
@@ -110,42 +116,43 @@ inline Piece piece_of(const LinearParams& p, int64_t item) {
 }
 
 // Pack rows [k, k + depth) and columns [column, column + columns) of B.
-template <class S, class T>
+template <class S>
 inline void pack_piece(const MatrixProduct& product, int64_t k, int64_t depth, int64_t column, int64_t columns,
-                       T* packed) {
+                       typename GemmOf<S>::T* packed) {
   const S* b = static_cast<const S*>(product.b);
   if (product.b_transposed) {
-    Gemm<T>::pack_transposed(b + column * product.ldb + k, product.ldb, depth, columns, packed);
+    GemmOf<S>::pack_transposed(b + column * product.ldb + k, product.ldb, depth, columns, packed);
   } else {
-    Gemm<T>::pack(b + k * product.ldb + column, product.ldb, depth, columns, packed);
+    GemmOf<S>::pack(b + k * product.ldb + column, product.ldb, depth, columns, packed);
   }
 }
 
 // Packed B: k blocks one after the other, each with all its panels.
-template <class T>
-inline T* packed_at(const LinearParams& p, const MatrixProduct& product, int64_t k, int64_t depth, int64_t column) {
-  using G = Gemm<T>;
-  return static_cast<T*>(product.packed) + k * round_up(p.N, G::kNr) + column * round_up(depth, G::kDepth);
+template <class G>
+inline typename G::T* packed_at(const LinearParams& p, const MatrixProduct& product, int64_t k, int64_t depth,
+                                int64_t column) {
+  return static_cast<typename G::T*>(product.packed) +
+         G::kParts * (k * round_up(p.N, G::kNr) + column * round_up(depth, G::kDepth));
 }
 
 template <class S>
 inline size_t packed_bytes_of(const LinearParams& p) {
-  using T = GemmOperand<S>;
-  return round_up(p.K, 32) * round_up(p.N, Gemm<T>::kNr) * sizeof(T);
+  using G = GemmOf<S>;
+  return G::kParts * round_up(p.K, 32) * round_up(p.N, G::kNr) * sizeof(typename G::T);
 }
 
 constexpr int64_t kPackColumns = 64;  // of one work item; a multiple of every kNr
 
 template <class S>
 inline void pack_range(const LinearParams& p, Range range) {
-  using T = GemmOperand<S>;
-  const int64_t across = (p.N + kPackColumns - 1) / kPackColumns, block = depth_block<T>(p.K);
+  using G = GemmOf<S>;
+  const int64_t across = (p.N + kPackColumns - 1) / kPackColumns, block = depth_block<G>(p.K);
   for (int64_t item = range.begin; item < range.end; ++item) {
     const MatrixProduct& product = p.product[item / across];
     const int64_t column = item % across * kPackColumns, columns = std::min(kPackColumns, p.N - column);
     for (int64_t k = 0; k < p.K; k += block) {
       const int64_t depth = std::min(block, p.K - k);
-      pack_piece<S>(product, k, depth, column, columns, packed_at<T>(p, product, k, depth, column));
+      pack_piece<S>(product, k, depth, column, columns, packed_at<G>(p, product, k, depth, column));
     }
   }
 }
@@ -155,8 +162,8 @@ inline void pack_range(const LinearParams& p, Range range) {
 template <class S, class T>
 inline void multiply_piece(const LinearParams& p, const MatrixProduct& product, const Piece& piece, T* dense, T* panels,
                            Acc<S>* sums, bool accumulate) {
-  using G = Gemm<T>;
-  const int64_t block = depth_block<T>(p.K), stride = dense_stride<T>(block);
+  using G = GemmOf<S>;
+  const int64_t block = depth_block<G>(p.K), stride = dense_stride<G>(block);
   const S* a = static_cast<const S*>(product.a);
   if constexpr (!std::is_same_v<S, double>) {
     if (product.packed == nullptr && product.b_transposed && !product.a_transposed && streams<S>(piece.rows)) {
@@ -178,7 +185,7 @@ inline void multiply_piece(const LinearParams& p, const MatrixProduct& product, 
     }
     const T* packed = panels;
     if (product.packed != nullptr) {
-      packed = packed_at<T>(p, product, k, depth, piece.column);
+      packed = packed_at<G>(p, product, k, depth, piece.column);
     } else {
       pack_piece<S>(product, k, depth, piece.column, piece.columns, panels);
     }
@@ -190,12 +197,14 @@ inline void multiply_piece(const LinearParams& p, const MatrixProduct& product, 
 // f(piece, sums, sums of the second product) for every work item of `range`.
 template <class S, class Finish>
 inline void linear_range(const LinearParams& p, Range range, const Finish& finish) {
-  using T = GemmOperand<S>;
+  using G = GemmOf<S>;
+  using T = typename G::T;
   using A = Acc<S>;
-  const int64_t block = depth_block<T>(p.K);
-  const size_t dense_size = p.row_block * dense_stride<T>(block), sums_size = p.row_block * p.column_block;
+  const int64_t block = depth_block<G>(p.K);
+  const size_t dense_size = round_up(p.row_block, kGemmRowsRead) * dense_stride<G>(block);
+  const size_t sums_size = p.row_block * p.column_block;
   const bool on_the_fly = p.product[0].packed == nullptr;
-  const size_t panels_size = on_the_fly ? Gemm<T>::packed_size(block, p.column_block) : 0;
+  const size_t panels_size = on_the_fly ? G::packed_size(block, p.column_block) : 0;
   ScratchCursor scratch(thread_scratch((dense_size + panels_size) * sizeof(T) + 2 * sums_size * sizeof(A) + 4 * 64));
   T* dense = scratch.take<T>(dense_size);
   T* panels = scratch.take<T>(panels_size);

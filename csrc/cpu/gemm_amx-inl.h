@@ -45,17 +45,16 @@ inline void tile_block(const BFloat16* a, int64_t lda, const BFloat16* panel, in
   }
 }
 
-// C (+)= tiles 0..3.
-inline void tile_block_store(float* c, int64_t ldc, int64_t rows, int64_t columns, bool accumulate) {
-  alignas(64) float block[32 * 32];
-  const bool direct = !accumulate && rows == 32 && columns == 32;
-  float* to = direct ? c : block;
-  const int64_t ld = direct ? ldc : 32;
+// Tiles 0..3 as they are, whole.
+inline void tile_block_to_memory(float* to, int64_t ld, int64_t rows, int64_t columns) {
   tile_store<0>(to, ld * 4);
   if (columns > 16) tile_store<1>(to + 16, ld * 4);
   if (rows > 16) tile_store<2>(to + 16 * ld, ld * 4);
   if (rows > 16 && columns > 16) tile_store<3>(to + 16 * ld + 16, ld * 4);
-  if (direct) return;
+}
+
+// C (+)= the first rows x columns of a 32 x 32 block.
+inline void add_block(const float* block, int64_t rows, int64_t columns, float* c, int64_t ldc, bool accumulate) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t n = 0; n < columns; n += 16) {
       float* out = c + r * ldc + n;
@@ -64,6 +63,14 @@ inline void tile_block_store(float* c, int64_t ldc, int64_t rows, int64_t column
           .store_n(out, std::min<int64_t>(16, columns - n));
     }
   }
+}
+
+// C (+)= tiles 0..3.
+inline void tile_block_store(float* c, int64_t ldc, int64_t rows, int64_t columns, bool accumulate) {
+  alignas(64) float block[32 * 32];
+  const bool direct = !accumulate && rows == 32 && columns == 32;
+  tile_block_to_memory(direct ? c : block, direct ? ldc : 32, rows, columns);
+  if (!direct) add_block(block, rows, columns, c, ldc, accumulate);
 }
 
 inline void gemm_multiply_amx(const BFloat16* a, int64_t lda, const BFloat16* packed, int64_t M, int64_t N, int64_t K,

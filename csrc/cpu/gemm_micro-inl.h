@@ -14,8 +14,8 @@
 // + 2 + 1 = 31; AVX2 has 16: 6 * 2 + 2 + 1 = 15. Rows are split evenly (64 rows are 13+13+13+13+12), so that a
 // remainder never runs at a few rows' speed.
 
-// The type in which operands of storage type S enter a product. Half has no dot product worth using on any of the
-// targets.
+// The type in which operands of storage type S enter a product: the accumulation type, bfloat16 itself where it has a
+// dot product, and on AMX bfloat16 parts (gemm_split-inl.h). Half has no dot product worth using on any of the targets.
 template <class S>
 struct GemmOperandOf {
   using type = Acc<S>;
@@ -31,6 +31,9 @@ using GemmOperand = typename GemmOperandOf<S>::type;
 
 constexpr int kGemmVectors = VecF::kLanes == 1 ? 4 : 2;
 constexpr int kGemmRows = VecF::kLanes == 16 ? 14 : VecF::kLanes == 8 ? 6 : 2;
+
+// Rows of a converted A that a product may read, a multiple of this many: a tile's.
+constexpr int64_t kGemmRowsRead = 16;
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -406,6 +409,10 @@ struct Gemm<BFloat16> : GemmLayout<BFloat16, GemmOpsBFloat16::kNr, 2, kGemmBFloa
   }
 
 #if defined(FASTATTN_TARGET_AMX)
+  static void multiply_turned(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c,
+                              int64_t ldc) {
+    gemm_multiply_amx(a, lda, packed, M, N, K, c, ldc, false);
+  }
   static constexpr bool kTakesColumns = false;
 #else
   static constexpr bool kTakesColumns = true;
@@ -418,6 +425,10 @@ struct Gemm<BFloat16> : GemmLayout<BFloat16, GemmOpsBFloat16::kNr, 2, kGemmBFloa
 
 #endif  // FASTATTN_TARGET_AVX512_BF16
 
+#if defined(FASTATTN_TARGET_AMX)
+#include "cpu/gemm_split-inl.h"
+#endif
+
 // The product for operands of storage type S.
 template <class S>
 using GemmOf = Gemm<GemmOperand<S>>;
@@ -425,10 +436,13 @@ using GemmOf = Gemm<GemmOperand<S>>;
 // GemmParams in params.h: pack B, convert A, multiply.
 template <class S>
 inline void gemm_product_of(const GemmParams& p) {
-  using T = GemmOperand<S>;
-  using G = Gemm<T>;
+  using G = GemmOf<S>;
+  using T = typename G::T;
+  constexpr bool kInPlace = std::is_same_v<S, T>;
   const S *a = static_cast<const S*>(p.a), *b = static_cast<const S*>(p.b);
-  ScratchCursor scratch(thread_scratch((G::packed_size(p.K, p.N) + p.M * p.K) * sizeof(T) + 128));
+  const int64_t lda = kInPlace ? p.lda : round_up(p.K, G::kDepth) * G::kParts;
+  const int64_t converted_size = kInPlace ? 0 : round_up(p.M, kGemmRowsRead) * lda;
+  ScratchCursor scratch(thread_scratch((G::packed_size(p.K, p.N) + converted_size) * sizeof(T) + 128));
   T* packed = scratch.take<T>(G::packed_size(p.K, p.N));
   if (p.transposed) {
     G::pack_transposed(b, p.ldb, p.K, p.N, packed);
@@ -436,15 +450,12 @@ inline void gemm_product_of(const GemmParams& p) {
     G::pack(b, p.ldb, p.K, p.N, packed);
   }
   const T* operand = nullptr;
-  int64_t lda = p.lda;
-  if constexpr (std::is_same_v<S, T>) {
+  if constexpr (kInPlace) {
     operand = a;
   } else {
-    T* converted = scratch.take<T>(p.M * p.K);
-    for (int64_t m = 0; m < p.M; ++m) {
-      for (int64_t k = 0; k < p.K; ++k) converted[m * p.K + k] = to_acc(a[m * p.lda + k]);
-    }
-    operand = converted, lda = p.K;
+    T* converted = scratch.take<T>(converted_size);
+    for (int64_t m = 0; m < p.M; ++m) G::convert_row(a + m * p.lda, p.K, converted + m * lda, lda);
+    operand = converted;
   }
   for (int64_t i = 0; i < p.repeats; ++i) {
     G::multiply(operand, lda, packed, p.M, p.N, p.K, static_cast<Acc<S>*>(p.c), p.ldc, p.accumulate);

@@ -1,11 +1,64 @@
 // A few rows times a transposed matrix, C (+)= A·Bᵀ with the rows of `bt` (nn.Linear's weight) along k: decoding a
 // token.
 //
-// The weight is read once, from memory, and that is all the time there is: nothing is packed, squares of it turn over
-// in registers and are multiplied there. Every sum is formed in the packed product's order (k blocks of depth_block),
-// so that a row's result has the same bits whichever of the two computes it. The hardware does not follow a square's
-// rows by itself: fetching the next squares' rows meanwhile takes one core from 18 to 26 GB/s (float32, K = 576 and
-// 1536, Zen 5), what a plain dot product per column reaches.
+// The weight is read once, from memory, and that is all the time there is: nothing of it is packed; squares of it turn
+// over in registers and are multiplied there, or its rows are the left operand of a tile product. Every sum is formed
+// in the packed product's order (k blocks of depth_block), so that a row's result has the same bits whichever of the
+// two computes it. The hardware does not follow a square's rows by itself: fetching the next squares' rows meanwhile
+// takes one core from 18 to 26 GB/s (float32, K = 576 and 1536, Zen 5), what a plain dot product per column reaches.
+
+// The longest k block, about 1 KiB of operand.
+template <class G>
+constexpr int64_t kMostDepth = 1024 / (sizeof(typename G::T) * G::kParts) / 32 * 32;
+
+#if defined(FASTATTN_TARGET_AMX)
+
+constexpr int64_t kStreamRows = 16;  // one tile of columns
+
+// Cᵀ = Bᵀ·Aᵀ: 32 rows of the weight at a time as they lie, or in parts, times the few rows, which are packed. Meanwhile
+// the next 32 rows are fetched.
+template <class S>
+inline void stream_multiply(int64_t rows, const S* a, int64_t lda, const S* bt, int64_t ldb, int64_t columns, int64_t K,
+                            int64_t block, float* c, int64_t ldc, bool accumulate) {
+  using G = GemmOf<S>;
+  using T = typename G::T;
+  constexpr int64_t kLine = 64 / sizeof(S);
+  alignas(64) T few[kMostDepth<G> * G::kParts * G::kNr], converted[32 * G::kParts * (kMostDepth<G> + 32)];
+  alignas(64) float sums[32 * 16];
+  const TileScope scope;
+  for (int64_t k = 0; k < K; k += block) {
+    const int64_t depth = std::min(block, K - k);
+    G::pack_transposed(a + k, lda, depth, rows, few);
+    for (int64_t n = 0; n < columns; n += 32) {
+      const int64_t count = std::min<int64_t>(32, columns - n);
+      const S* weight = bt + n * ldb + k;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t d = 0; d < depth; d += kLine) __builtin_prefetch(weight + (i + 32) * ldb + d, 0, 2);
+        if constexpr (!std::is_same_v<S, T>) {
+          const int64_t stride = G::kParts * (block + 32);
+          G::convert_row(weight + i * ldb, depth, converted + i * stride, stride);
+        }
+      }
+      if constexpr (std::is_same_v<S, T>) {
+        G::multiply_turned(weight, ldb, few, count, rows, depth, sums, 16);
+      } else {
+        G::multiply_turned(converted, G::kParts * (block + 32), few, count, rows, depth, sums, 16);
+      }
+      for (int64_t i = 0; i < count; i += 16) {
+        VecF square[16];
+        for (int j = 0; j < 16; ++j) square[j] = VecF::load(sums + (i + j) * 16);
+        transpose(square);
+        const int64_t width = std::min<int64_t>(16, count - i);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* to = c + r * ldc + n + i;
+          (accumulate || k > 0 ? VecF::load_n(to, width) + square[r] : square[r]).store_n(to, width);
+        }
+      }
+    }
+  }
+}
+
+#else
 
 constexpr int64_t kStreamRows = 4;
 
@@ -32,15 +85,6 @@ struct StreamOps<BFloat16> {
   }
 };
 #endif
-
-// Squares exist for float sums. AMX adds up in an order of its own, which a row must not leave when its batch is small.
-template <class S>
-inline bool streams(int64_t rows) {
-#if defined(FASTATTN_TARGET_AMX)
-  if (std::is_same_v<S, BFloat16>) return false;
-#endif
-  return !std::is_same_v<S, double> && rows <= kStreamRows;
-}
 
 // R rows of A by kLanes columns, the rows [0, columns) of bt.
 template <class S, int R>
@@ -93,4 +137,11 @@ inline void stream_multiply(int64_t rows, const S* a, int64_t lda, const S* bt, 
                                   c + n, ldc, accumulate);
     }
   }
+}
+
+#endif
+
+template <class S>
+inline bool streams(int64_t rows) {
+  return !std::is_same_v<S, double> && rows <= kStreamRows;
 }

@@ -129,7 +129,7 @@ def test_instruction_sets(isa: str, dtype: torch.dtype, name: str) -> None:
     check(CASES[name], dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [3, 150])
 @pytest.mark.parametrize("isa", _native.available_isas(), indirect=True)
 def test_a_bad_key_reaches_only_the_rows_that_see_it(isa: str, rows: int, dtype: torch.dtype) -> None:

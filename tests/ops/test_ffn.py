@@ -102,7 +102,8 @@ def test_activation_tails(implementation: str, activation: str) -> None:
     eps = torch.finfo(torch.float32).eps
     assert ((ours.double() - exact).abs() <= 4 * eps * wide.abs() + 1e-38).all()
     (da,), (de,) = torch.autograd.grad(ours.sum(), leaf), torch.autograd.grad(exact.sum(), wide)
-    away = (x != 0).squeeze(1)  # relu's derivative there is a convention
+    # relu's derivative at zero is a convention, and to AMX subnormal numbers are zero.
+    away = (x.abs() > torch.finfo(torch.float32).tiny).squeeze(1)
     assert ((da.double() - de).abs() <= 16 * eps * (1 + wide.abs()))[away].all()
 
 
