@@ -10,7 +10,7 @@ import torch
 
 from fastattn import __main__ as cli
 from fastattn import ops
-from fastattn.cli import bars, bench, cases, check, limited, measure
+from fastattn.cli import bars, bench, cases, check, limited, measure, peers
 from fastattn.cli.bars import Line
 from fastattn.cli.cases import Case
 
@@ -94,6 +94,21 @@ def test_backward_alone_is_the_backward_pass():
             for name, gradient in zip(("q", "k", "v", "attn_mask"), gradients, strict=True):
                 exact = oracle.exact[f"grad {name}"]
                 assert (gradient.double() - exact).abs().max().item() < 1e-5
+
+
+def test_errors_beside_sdpas():
+    """SDPA's own where it makes the same call; with dropout float32, rounded once: at most 2⁻⁹ of each value."""
+    plain = check.Oracle(Case("attention", (1, 2, 33, 16)), torch.bfloat16, CPU)
+    found = bench.compared(plain, "auto")
+    assert list(found) == ["out", "grad q", "grad k", "grad v"]
+    (sdpa,) = peers.peers(plain.case, plain.tensors, ["sdpa"]).values()
+    out = sdpa()["out"].detach().double()
+    exact = plain.exact["out"].detach()
+    assert found["out"]["peer_relative"] == pytest.approx(((out - exact).norm() / exact.norm()).item())
+    assert found["out"]["peer_largest"] == pytest.approx((out - exact).abs().max().item())
+    dropped = check.Oracle(Case("attention", (1, 2, 33, 16), {"dropout_p": 0.5}), torch.bfloat16, CPU)
+    for error in bench.compared(dropped, "auto").values():
+        assert 0 < error["peer_relative"] < 2**-9 < 2 * error["relative"]
 
 
 @pytest.fixture
