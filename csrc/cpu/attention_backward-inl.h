@@ -100,6 +100,8 @@ class AttentionBackward {
 
   int64_t query_blocks() const { return (p_.rows + kAttentionQueries - 1) / kAttentionQueries; }
   int64_t key_blocks() const { return (p_.keys + kAttentionKeys - 1) / kAttentionKeys; }
+  // Where row 0 of the sequence at hand lies in dk and dv.
+  int64_t key_index(int64_t b, int64_t kv) const { return b * p_.key_stride[0] + kv * p_.key_stride[1] + p_.first_key; }
   int64_t group() const { return p_.heads / p_.heads_kv; }
   int64_t accumulated_keys() const {
     return !for_keys_                         ? 0
@@ -153,7 +155,7 @@ class AttentionBackward {
       keys.end = std::max(keys.end, state_[i].visible.end);
     }
     ahead_.clear();
-    if (next_head && p_.sequences == nullptr) fetch_head(cached_ + 1);
+    if (next_head) fetch_head(cached_ + 1);
     for (int64_t from = keys.begin / kAttentionKeys * kAttentionKeys; from < keys.end; from += kAttentionKeys) {
       for (int64_t i = 0; i < count; ++i) pair_within(state_[i], Range{from, from + kAttentionKeys});
     }
@@ -201,21 +203,23 @@ class AttentionBackward {
   // What the first query blocks of the kv head `head` read, and where the results of this one go.
   void fetch_head(int64_t head) {
     const int64_t size = sizeof(S), b = head / p_.heads_kv, kv = head % p_.heads_kv, h = kv * group();
-    const int64_t rows = std::min(queries_together() * kAttentionQueries, p_.rows);
-    const int64_t keys = std::min(kAttentionKeys, p_.keys);
-    const auto add = [&](const void* x, const int64_t (&stride)[3], int64_t index, int64_t channels, int64_t count) {
-      const S* from = static_cast<const S*>(x) + b * stride[0] + index * stride[1];
-      ahead_.add(from, channels * size, stride[2] * size, count);
+    const Sequence own = sequence_of(p_, b);
+    const Range rows{own.q_begin, own.q_begin + std::min(queries_together() * kAttentionQueries, own.rows)};
+    const Range keys{own.k_begin, own.k_begin + std::min(kAttentionKeys, own.keys)};
+    const auto add = [&](const void* x, const int64_t (&stride)[3], int64_t index, int64_t channels, Range range) {
+      const S* from = static_cast<const S*>(x) + b * stride[0] + index * stride[1] + range.begin * stride[2];
+      ahead_.add(from, channels * size, stride[2] * size, range.end - range.begin);
     };
     add(p_.q, p_.q_stride, h, p_.head_dim, rows);
     add(p_.dout, p_.dout_stride, h, p_.head_dim_v, rows);
     add(p_.out, p_.out_stride, h, p_.head_dim_v, rows);
     add(p_.k, p_.k_stride, kv, p_.head_dim, keys);
     add(p_.v, p_.v_stride, kv, p_.head_dim_v, keys);
-    const S* dk = static_cast<const S*>(p_.dk) + (head - 1) * p_.keys * p_.head_dim;
-    const S* dv = static_cast<const S*>(p_.dv) + (head - 1) * p_.keys * p_.head_dim_v;
-    ahead_.add(dk, p_.head_dim * size, p_.head_dim * size, keys);
-    ahead_.add(dv, p_.head_dim_v * size, p_.head_dim_v * size, keys);
+    const int64_t results = key_index((head - 1) / p_.heads_kv, (head - 1) % p_.heads_kv);
+    const int64_t count = std::min(kAttentionKeys, p_.keys);
+    ahead_.add(static_cast<const S*>(p_.dk) + results * p_.head_dim, p_.head_dim * size, p_.head_dim * size, count);
+    ahead_.add(static_cast<const S*>(p_.dv) + results * p_.head_dim_v, p_.head_dim_v * size, p_.head_dim_v * size,
+               count);
   }
 
   void clear_keys(int64_t count) {
@@ -224,7 +228,7 @@ class AttentionBackward {
   }
 
   void write_keys(int64_t b, int64_t kv, int64_t count) {
-    const int64_t row = b * p_.key_stride[0] + kv * p_.key_stride[1] + p_.first_key + first_key_;
+    const int64_t row = key_index(b, kv) + first_key_;
     write_rows(dk_, count * p_.head_dim, p_.scale, static_cast<S*>(p_.dk) + row * p_.head_dim);
     write_rows(dv_, count * p_.head_dim_v, p_.dropout_scale, static_cast<S*>(p_.dv) + row * p_.head_dim_v);
   }

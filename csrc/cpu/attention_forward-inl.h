@@ -146,16 +146,18 @@ class AttentionForward {
       const ScoreBlock& block = state_[i].block;
       add(out_row(block), p_.out_stride[2], p_.head_dim_v, block.rows);
     }
-    if (next < 0 || p_.sequences != nullptr) return;
+    if (next < 0 || p_.block_table != nullptr) return;
     const auto [next_b, next_h, index] = block_item(p_, p_.heads, query_blocks(), next);
+    const Sequence own = sequence_of(p_, next_b);
     const int64_t row = index * kAttentionQueries, kv = next_h / group;
-    add(query_row(next_b, next_h, row), p_.q_stride[2], p_.head_dim, std::min(kAttentionQueries, p_.rows - row));
+    const S* q = query_row(next_b, next_h, row) + (own.q_begin - p_.first_row) * p_.q_stride[2];
+    add(q, p_.q_stride[2], p_.head_dim, std::min(kAttentionQueries, own.rows - row));
     if (next_b == b && kv == h / group) return;
-    const int64_t keys = std::min(kAttentionKeys, p_.keys);
+    const int64_t keys = std::min(kAttentionKeys, own.keys);
     const S* k = static_cast<const S*>(p_.k) + next_b * p_.k_stride[0] + kv * p_.k_stride[1];
     const S* v = static_cast<const S*>(p_.v) + next_b * p_.v_stride[0] + kv * p_.v_stride[1];
-    add(k, p_.k_stride[2], p_.head_dim, keys);
-    add(v, p_.v_stride[2], p_.head_dim_v, keys);
+    add(k + own.k_begin * p_.k_stride[2], p_.k_stride[2], p_.head_dim, keys);
+    add(v + own.k_begin * p_.v_stride[2], p_.v_stride[2], p_.head_dim_v, keys);
   }
 
   // Returns whether the block contributed.

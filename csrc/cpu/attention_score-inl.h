@@ -97,6 +97,11 @@ struct ScoreBlock {
   int64_t batch, head, row, rows, lanes, key, keys;
 };
 
+// The extents of batch entry b.
+inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
+  return p.sequences != nullptr ? p.sequences[b] : Sequence{0, p.rows, 0, p.keys, p.diagonal};
+}
+
 // The extents of sequence b, for everything that asks p for rows, keys and diagonal.
 inline void enter_sequence(AttentionParams& p, int64_t b) {
   if (p.sequences == nullptr) return;
