@@ -10,7 +10,8 @@ A missing compiler (or torch at build time) makes a pure-Python install and one 
 
 Environment: FASTATTN_BUILD_CPP=0 builds nothing;
 FASTATTN_BUILD_CUDA=0/1/only forces CUDA off, or on (then a failure is an error), or builds nothing else;
-FASTATTN_CUDA_ARCHS (default "80;90;100"); MAX_JOBS; CXX; NVCC.
+FASTATTN_CUDA_ARCHS (default "80;90;100"); MAX_JOBS; CXX; NVCC;
+FASTATTN_SANITIZE=address,undefined for the C++ core under sanitizers, never in place (tests/sanitize.py, `make sanitize`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ CXX_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",  # gcc 12: its own AVX-512 intrinsics
 ]
+SANITIZE = os.environ.get("FASTATTN_SANITIZE", "")
+if SANITIZE:
+    CXX_FLAGS += ["-O1", "-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    # Checks as calls: written out, they make a target file take two minutes to compile.
+    CXX_FLAGS += ["--param asan-instrumentation-with-call-threshold=0"]
 
 
 def find_nvcc() -> str | None:
@@ -52,6 +58,10 @@ class NinjaBuild(build_ext):
     def run(self) -> None:
         if os.environ.get("FASTATTN_BUILD_CPP") == "0":
             return self.skip("FASTATTN_BUILD_CPP=0")
+        if SANITIZE and self.inplace:
+            raise SystemExit(
+                "FASTATTN_SANITIZE: such a core loads only with the sanitizers' runtime, so it is not built in place"
+            )
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
         if cxx is None or shutil.which(cxx.split()[0]) is None:
             return self.skip("no C++ compiler found")
@@ -99,16 +109,17 @@ class NinjaBuild(build_ext):
         defines = [f"'-DFASTATTN_{key}=\"{value}\"'" for key, value in facts.items()]
         core = sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) + sorted((ROOT / "csrc" / "ops").glob("*.cpp"))
         link = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10"
+        linker = f"{cxx} -shared" + (f" -fsanitize={SANITIZE}" if SANITIZE else "")
         self.ninja(
             "cpu",
             f"{cxx} {' '.join(CXX_FLAGS)} {STABLE_ABI}",
             [
-                ("_C.so", core, includes, f"{cxx} -shared -Wl,-soname,_C.so", link),
+                ("_C.so", core, includes, f"{linker} -Wl,-soname,_C.so", link),
                 (
                     f"_native{suffix}",
                     [ROOT / "csrc" / "native" / "native.cpp"],
                     includes + python + defines,
-                    f"{cxx} -shared -Wl,-rpath,'$$ORIGIN'",
+                    f"{linker} -Wl,-rpath,'$$ORIGIN'",
                     "_C.so",
                 ),
             ],

@@ -2,6 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace fastattn {
 
@@ -25,19 +30,36 @@ class CallScratch {
   void* data_;
 };
 
-// Hands out consecutive 64-byte aligned pieces of one scratch block.
+// Under AddressSanitizer pieces lie this far apart, what is no piece is out of bounds, and a fresh piece holds NaN.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kScratchGap = 64;
+#else
+constexpr size_t kScratchGap = 0;
+#endif
+
+// Hands out consecutive 64-byte aligned pieces of one scratch block; from null it measures how large the block must be.
 class ScratchCursor {
  public:
-  explicit ScratchCursor(void* base) : next_(static_cast<char*>(base)) {}
+  explicit ScratchCursor(void* base) : next_(static_cast<char*>(base)), measures_(base == nullptr) {}
   template <class T>
   T* take(size_t count) {
     T* piece = reinterpret_cast<T*>(next_);
-    next_ += (count * sizeof(T) + 63) / 64 * 64;
+    open(count * sizeof(T));
+    next_ += (count * sizeof(T) + 63) / 64 * 64 + kScratchGap;
     return piece;
   }
 
  private:
+  void open([[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    if (measures_) return;
+    ASAN_UNPOISON_MEMORY_REGION(next_, bytes);
+    std::memset(next_, 0xff, bytes);
+#endif
+  }
+
   char* next_;
+  [[maybe_unused]] bool measures_;
 };
 
 }  // namespace fastattn
