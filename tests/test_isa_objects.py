@@ -128,7 +128,13 @@ def test_the_scan_finds_tiles_left_configured(tmp_path: Path) -> None:
     source = """
     extern "C" void leaves(void* c) { asm volatile("ldtilecfg (%0)" : : "r"(c)); }
     extern "C" void clean(void* c) { asm volatile("ldtilecfg (%0); tilerelease" : : "r"(c)); }
+    struct TileScope {
+      __attribute__((noinline)) TileScope() { asm volatile("ldtilecfg (%0)" : : "r"(this)); }
+      ~TileScope() { asm volatile("tilerelease"); }
+    };
+    extern "C" void scoped() { TileScope scope; }
+    extern "C" void kept() { new TileScope; }
     """
     (tmp_path / "planted.cpp").write_text(source)
-    subprocess.run(["g++", "-O2", "-c", "planted.cpp", "-o", "planted.o"], cwd=tmp_path, check=True)
-    assert tiles_left_configured(tmp_path / "planted.o") == ["leaves"]
+    subprocess.run(["g++", "-O2", "-shared", "-fPIC", "planted.cpp", "-o", "planted.so"], cwd=tmp_path, check=True)
+    assert tiles_left_configured(tmp_path / "planted.so") == ["leaves", "kept"]
