@@ -35,7 +35,6 @@ class AttentionBackward {
         staged_(scratch.take<S>(2 * kAttentionQueries * std::max(p.head_dim, p.head_dim_v))),
         s_(scratch.take<A>(kTile)),
         dp_(scratch.take<A>(kTile)),
-        mask_(scratch.take<A>(p.mask != nullptr ? kTile : 0)),
         cap_slope_(scratch.take<A>(p.softcap > 0 ? kTile : 0)),
         drop_(scratch.take<float>(p.dropout.threshold != 0 ? kTile : 0)),
         p_rows_(scratch.take<T>(kTile * G::kParts)),
@@ -157,7 +156,14 @@ class AttentionBackward {
     ahead_.clear();
     if (next_head) fetch_head(cached_ + 1);
     for (int64_t from = keys.begin / kAttentionKeys * kAttentionKeys; from < keys.end; from += kAttentionKeys) {
-      for (int64_t i = 0; i < count; ++i) pair_within(state_[i], Range{from, from + kAttentionKeys});
+      for (int64_t i = 0; i < count; ++i) {
+        ScoreBlock next = state_[i].block;
+        next.key = from + kAttentionKeys;
+        next.keys = std::min(next.key + kAttentionKeys, state_[i].visible.end) - next.key;
+        if (p_.mask != nullptr) ahead_.clear();
+        fetch_mask(p_, next, &ahead_);
+        pair_within(state_[i], Range{from, from + kAttentionKeys});
+      }
     }
     for (int64_t i = 0; i < count; ++i) write_queries(state_[i]);
   }
@@ -308,19 +314,20 @@ class AttentionBackward {
 
   // Leaves dS^T before the softcap's factor in dp_ if the stage is kMask. Returns whether the block contributed.
   bool pair(const QueryBlock& x, const ScoreBlock& block) {
-    if (p_.mask != nullptr && !load_mask_tile(p_, block, mask_)) return false;
+    const Cover cover = mask_cover(p_, block);
+    if (cover == Cover::kHidden) return false;
     G::multiply(keys_.row(block.key), keys_.ld(), x.q_transposed, block.keys, block.lanes, p_.head_dim, s_, block.lanes,
                 false);
     G::multiply(values_.row(block.key), values_.ld(), x.dout_transposed, block.keys, block.lanes, p_.head_dim_v, dp_,
                 block.lanes, false);
+    const A unit = score_block(p_, block, cover, s_, p_.softcap > 0 ? cap_slope_ : nullptr);
     if (p_.dropout.threshold != 0) dropout_tile(p_, block, drop_);
-    if (needs_finish(p_, block)) {
-      finish_scores(p_, block, p_.mask != nullptr ? mask_ : nullptr, s_, p_.softcap > 0 ? cap_slope_ : nullptr);
-      score_gradients<true>(x, block, kLogUnit<A>);
-    } else if (p_.dropout.threshold != 0 || p_.stage == AttentionStage::kMask) {
-      score_gradients<true>(x, block, static_cast<A>(p_.scale) * kLogUnit<A>);
+    if (p_.dropout.threshold != 0 || p_.stage == AttentionStage::kMask || p_.softcap > 0 || p_.slope_rows != nullptr) {
+      score_gradients<Scores::kModified>(x, block, unit);
+    } else if (cover == Cover::kPartial || window_cuts(p_, block)) {
+      score_gradients<Scores::kHidden>(x, block, unit);
     } else {
-      score_gradients<false>(x, block, static_cast<A>(p_.scale) * kLogUnit<A>);
+      score_gradients<Scores::kPlain>(x, block, unit);
     }
     if (for_keys_) {
       G::multiply(p_rows_, block.lanes * G::kParts, x.dout, block.keys, p_.head_dim_v, block.rows,
@@ -336,8 +343,11 @@ class AttentionBackward {
     return true;
   }
 
-  // P^T and dS^T from s_ and dp_ in the forms that the products take. kFeatures: anything but a plain softmax.
-  template <bool kFeatures>
+  // Scores of a block: a plain softmax, some hidden, or what has more in its gradient.
+  enum class Scores { kPlain, kHidden, kModified };
+
+  // P^T and dS^T from s_ and dp_ in the forms that the products take.
+  template <Scores kScores>
   void score_gradients(const QueryBlock& x, const ScoreBlock& block, A unit) {
     constexpr int kVectors = G::kNr / V::kLanes;
     const int64_t lanes = block.lanes, ld = lanes * G::kParts;
@@ -360,10 +370,12 @@ class AttentionBackward {
             if (G::kStep > 1 && j + step >= block.keys) continue;
             const int64_t column = c + v * V::kLanes, at = (j + step) * lanes + column;
             V p = exp_unit<kCoarse>(fma(V::load(s_ + at), V(unit), lse[v]));
-            if constexpr (kFeatures) {
-              ds[step] = feature_gradient(block, j + step, column, delta[v], &p, &slope_sum[v]);
+            if constexpr (kScores == Scores::kModified) {
+              ds[step] = modified_gradient(block, j + step, column, delta[v], &p, &slope_sum[v]);
             } else {
               ds[step] = p * (V::load(dp_ + at) - delta[v]);
+              // A masked key's value may be NaN: what has no probability has no gradient.
+              if constexpr (kScores == Scores::kHidden) ds[step] = select(le(p, V::zero()), V::zero(), ds[step]);
             }
             const int64_t to = (j + step) * ld + column;
             G::store_row(p, p_rows_ + to, ld);
@@ -379,7 +391,7 @@ class AttentionBackward {
 
   // dS of one vector of lanes under dropout, masks, ALiBi and softcap; *p becomes the dropped-out probability without
   // its factor 1 / (1 - p), which dV takes at the end.
-  V feature_gradient(const ScoreBlock& block, int64_t j, int64_t column, V delta, V* p, V* slope_sum) {
+  V modified_gradient(const ScoreBlock& block, int64_t j, int64_t column, V delta, V* p, V* slope_sum) {
     const int64_t at = j * block.lanes + column;
     V dp = V::load(dp_ + at), kept = *p;
     if (p_.dropout.threshold != 0) {
@@ -387,7 +399,6 @@ class AttentionBackward {
       dp = dp * (keep * V(static_cast<A>(p_.dropout_scale)));
       kept = kept * keep;
     }
-    // A masked key's value may be NaN: what has no probability has no gradient.
     V ds = select(le(*p, V::zero()), V::zero(), *p * (dp - delta));
     *p = kept;
     if (p_.stage == AttentionStage::kMask) ds.store(dp_ + at);
@@ -486,7 +497,7 @@ class AttentionBackward {
   OperandRows<S> keys_, values_;
   OperandColumns<S> key_columns_;
   S* staged_;
-  A *s_, *dp_, *mask_, *cap_slope_;
+  A *s_, *dp_, *cap_slope_;
   float* drop_;
   T *p_rows_, *ds_rows_, *ds_packed_;
   A *dk_, *dv_, *mask_sum_;

@@ -163,7 +163,7 @@ class AttentionDecode {
     const V left(p_.window_left >= 0 ? static_cast<A>(-p_.window_left) : -kInf);
     const V right(p_.window_right >= 0 ? static_cast<A>(p_.window_right) : kInf);
     const V slope(p_.slopes != nullptr ? slope_of<A>(p_, row) : A(0));
-    if (p_.mask != nullptr) load_mask_tile(p_, row, mask_);
+    if (p_.mask != nullptr) load_mask_row(p_, row, mask_);
     for (int64_t j = 0; j < count; j += V::kLanes) {
       V x = V::load(s + j);
       x = p_.softcap > 0 ? cap_tanh(x * scale_over_cap) * cap : x * scale;

@@ -31,7 +31,6 @@ class AttentionForward {
         value_rows_(scratch, OperandColumns<S>::kShared ? p.keys : 0, p.head_dim_v),
         values_(scratch, p.keys, p.head_dim_v, &value_rows_),
         s_(scratch.take<A>(kAttentionKeys * kAttentionQueries)),
-        mask_(scratch.take<A>(p.mask != nullptr ? kAttentionKeys * kAttentionQueries : 0)),
         drop_(scratch.take<float>(p.dropout.threshold != 0 ? kAttentionKeys * kAttentionQueries : 0)),
         probabilities_(scratch.take<T>(G::packed_size(kAttentionKeys, kAttentionQueries))) {
     for (int64_t i = 0; i < together_; ++i) {
@@ -137,6 +136,12 @@ class AttentionForward {
       ahead_.add(rows, channels * size, ld * size, n);
     };
     if (rest.begin < rest.end) {
+      for (int64_t i = 0; i < count; ++i) {
+        ScoreBlock block = state_[i].block;
+        block.key = rest.begin;
+        block.keys = std::min({kAttentionKeys, rest.end - rest.begin, state_[i].visible.end - rest.begin});
+        fetch_mask(p_, block, &ahead_);
+      }
       const int64_t keys = std::min(kAttentionKeys, rest.end - rest.begin);
       add(k_rows_.rows() + rest.begin * k_rows_.ld(), k_rows_.ld(), p_.head_dim, keys);
       add(v_rows_.rows() + rest.begin * v_rows_.ld(), v_rows_.ld(), p_.head_dim_v, keys);
@@ -150,8 +155,10 @@ class AttentionForward {
     const auto [next_b, next_h, index] = block_item(p_, p_.heads, query_blocks(), next);
     const Sequence own = sequence_of(p_, next_b);
     const int64_t row = index * kAttentionQueries, kv = next_h / group;
+    const int64_t rows = std::min(kAttentionQueries, own.rows - row);
     const S* q = query_row(next_b, next_h, row) + (own.q_begin - p_.first_row) * p_.q_stride[2];
-    add(q, p_.q_stride[2], p_.head_dim, std::min(kAttentionQueries, own.rows - row));
+    add(q, p_.q_stride[2], p_.head_dim, rows);
+    fetch_mask(p_, ScoreBlock{next_b, next_h, row, rows, 0, 0, std::min(kAttentionKeys, own.keys)}, &ahead_);
     if (next_b == b && kv == h / group) return;
     const int64_t keys = std::min(kAttentionKeys, own.keys);
     const S* k = static_cast<const S*>(p_.k) + next_b * p_.k_stride[0] + kv * p_.k_stride[1];
@@ -162,13 +169,10 @@ class AttentionForward {
 
   // Returns whether the block contributed.
   bool key_block(const QueryBlock& x, const ScoreBlock& block) {
-    if (p_.mask != nullptr && !load_mask_tile(p_, block, mask_)) return false;
+    const Cover cover = mask_cover(p_, block);
+    if (cover == Cover::kHidden) return false;
     G::multiply(keys_.row(block.key), keys_.ld(), x.q, block.keys, block.lanes, p_.head_dim, s_, block.lanes, false);
-    A unit = static_cast<A>(p_.scale) * kLogUnit<A>;
-    if (needs_finish(p_, block)) {
-      finish_scores(p_, block, p_.mask != nullptr ? mask_ : nullptr, s_, static_cast<A*>(nullptr));
-      unit = kLogUnit<A>;
-    }
+    const A unit = score_block(p_, block, cover, s_, static_cast<A*>(nullptr));
     if (p_.dropout.threshold != 0) {
       dropout_tile(p_, block, drop_);
       softmax<true>(x, block, unit);
@@ -267,7 +271,7 @@ class AttentionForward {
   SequenceRows<S> k_rows_, v_rows_;
   OperandRows<S> keys_, value_rows_;
   OperandColumns<S> values_;
-  A *s_, *mask_;
+  A* s_;
   float* drop_;
   T* probabilities_;
   QueryBlock state_[kQueryBlocksTogether];

@@ -23,7 +23,7 @@ class RowPrefetch {
   }
 
  private:
-  static constexpr int kQueue = 8;
+  static constexpr int kQueue = 16;
   struct Rows {
     const char* next;
     int64_t bytes, ld, left;
@@ -31,6 +31,16 @@ class RowPrefetch {
   Rows queue_[kQueue];
   int first_ = 0, last_ = 0;
 };
+
+// The mask of a block with its own row for every query: rows far apart, of which the hardware fetches none ahead.
+inline void fetch_mask(const AttentionParams& p, const ScoreBlock& block, RowPrefetch* ahead) {
+  if (p.mask == nullptr || p.mask_stride[2] == 0 || p.mask_stride[3] != 1 || block.keys <= 0) return;
+  dispatch_mask(p, [&](auto* type) {
+    const int64_t size = sizeof(*type);
+    ahead->add(mask_at<std::remove_pointer_t<decltype(type)>>(p, block), block.keys * size, p.mask_stride[2] * size,
+               block.rows);
+  });
+}
 
 // 0 for finite lanes, NaN otherwise.
 template <class A>

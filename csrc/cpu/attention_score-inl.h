@@ -154,51 +154,103 @@ inline A mask_value(M x) {
   return static_cast<A>(to_acc(x));
 }
 
-// tile[key][lane] = additive mask of the block, bool as 0 and -inf; lanes beyond the rows hold -inf. False if nothing
-// in the block is visible.
-template <class A, class M>
-inline bool load_mask_tile(const AttentionParams& p, const ScoreBlock& block, A* tile) {
-  using V = Vec<A>;
-  constexpr A kHidden = -std::numeric_limits<A>::infinity();
-  const int64_t *stride = p.mask_stride, lanes = block.lanes;
-  const M* mask = static_cast<const M*>(p.mask) + block.batch * stride[0] + block.head * stride[1] +
-                  block.row * stride[2] + block.key * stride[3];
-  if (stride[2] == 0) {
-    for (int64_t j = 0; j < block.keys; ++j) {
-      const V value(mask_value<A>(mask[j * stride[3]]));
-      for (int64_t c = 0; c < lanes; c += V::kLanes) value.store(tile + j * lanes + c);
-    }
+template <class M>
+inline const M* mask_at(const AttentionParams& p, const ScoreBlock& block) {
+  const int64_t* stride = p.mask_stride;
+  return static_cast<const M*>(p.mask) + block.batch * stride[0] + block.head * stride[1] + block.row * stride[2] +
+         block.key * stride[3];
+}
+
+// Calls f(null pointer to the mask's storage type).
+template <class F>
+inline void dispatch_mask(const AttentionParams& p, F&& f) {
+  if (p.mask_dtype == DType::kBool) {
+    f(static_cast<bool*>(nullptr));
   } else {
-    bool done = false;
-    if constexpr (std::is_same_v<A, float> && !std::is_same_v<M, double>) {
-      if (stride[3] == 1) {
-        transpose_block(mask, stride[2], block.rows, block.keys, tile, lanes);
-        done = true;
-      }
+    dispatch(p.mask_dtype, f);
+  }
+}
+
+// What the mask leaves of a block: nothing, some or (a boolean mask) everything.
+enum class Cover { kHidden, kPartial, kOpen };
+
+inline Cover mask_cover_of(const AttentionParams& p, const ScoreBlock& block, const bool* mask) {
+  const int64_t rows = p.mask_stride[2] == 0 ? 1 : block.rows, keys = p.mask_stride[3] == 0 ? 1 : block.keys;
+  uint8_t any = 0, all = 1;
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool* row = mask + r * p.mask_stride[2];
+    if (p.mask_stride[3] == 1) {
+      for (int64_t j = 0; j < keys; ++j) any |= static_cast<uint8_t>(row[j]), all &= static_cast<uint8_t>(row[j]);
+    } else {
+      for (int64_t j = 0; j < keys; ++j) any |= row[j * p.mask_stride[3]], all &= row[j * p.mask_stride[3]];
     }
-    for (int64_t j = 0; j < block.keys; ++j) {
-      for (int64_t c = done ? block.rows : 0; c < lanes; ++c) {
-        tile[j * lanes + c] = c < block.rows ? mask_value<A>(mask[c * stride[2] + j * stride[3]]) : kHidden;
-      }
+    if (any != all) return Cover::kPartial;
+  }
+  return any ? Cover::kOpen : Cover::kHidden;
+}
+template <class M>
+inline Cover mask_cover_of(const AttentionParams& p, const ScoreBlock& block, const M* mask) {
+  const int64_t rows = p.mask_stride[2] == 0 ? 1 : block.rows, keys = p.mask_stride[3] == 0 ? 1 : block.keys;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < keys; ++j) {
+      const auto value = to_acc(mask[r * p.mask_stride[2] + j * p.mask_stride[3]]);
+      if (!(value == -std::numeric_limits<decltype(value)>::infinity())) return Cover::kPartial;
     }
   }
-  V highest(kHidden);
-  for (int64_t i = 0; i < block.keys * lanes; i += V::kLanes) highest = max(highest, V::load(tile + i));
-  return !(reduce_max(highest) == kHidden);
+  return Cover::kHidden;
+}
+inline Cover mask_cover(const AttentionParams& p, const ScoreBlock& block) {
+  if (p.mask == nullptr) return Cover::kOpen;
+  Cover cover = Cover::kPartial;
+  dispatch_mask(p, [&](auto* type) {
+    using M = std::remove_pointer_t<decltype(type)>;
+    cover = mask_cover_of(p, block, mask_at<M>(p, block));
+  });
+  return cover;
 }
 
-template <class A>
-inline bool load_mask_tile(const AttentionParams& p, const ScoreBlock& block, A* tile) {
-  bool visible = true;
-  if (p.mask_dtype == DType::kBool) return load_mask_tile<A, bool>(p, block, tile);
-  dispatch(p.mask_dtype,
-           [&](auto* type) { visible = load_mask_tile<A, std::remove_pointer_t<decltype(type)>>(p, block, tile); });
-  return visible;
+// f(j, c, mask of key j for the lanes from c on) for all of a block; lanes beyond its rows get anything but NaN. Rows
+// of contiguous keys turn over in registers.
+template <class A, class M, class F>
+inline void for_mask_lanes(const AttentionParams& p, const ScoreBlock& block, const M* mask, const F& f) {
+  using V = Vec<A>;
+  const int64_t row_stride = p.mask_stride[2], key_stride = p.mask_stride[3];
+  if (row_stride == 0) {
+    for (int64_t j = 0; j < block.keys; ++j) {
+      const V value(mask_value<A>(mask[j * key_stride]));
+      for (int64_t c = 0; c < block.lanes; c += V::kLanes) f(j, c, value);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < block.lanes; c += V::kLanes) {
+    const int64_t rows = std::max<int64_t>(0, std::min<int64_t>(V::kLanes, block.rows - c));
+    if constexpr (std::is_same_v<A, float> && !std::is_same_v<M, double>) {
+      for (int64_t j = 0; key_stride == 1 && j < block.keys; j += V::kLanes) {
+        const int64_t keys = std::min<int64_t>(V::kLanes, block.keys - j);
+        V square[V::kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < V::kLanes; ++i) {
+          square[i] = i < rows ? load_lanes(mask + (c + i) * row_stride + j, keys) : V::zero();
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < V::kLanes; ++i) {
+          if (i < keys) f(j + i, c, square[i]);
+        }
+      }
+      if (key_stride == 1) continue;
+    }
+    for (int64_t j = 0; j < block.keys; ++j) {
+      A lanes[V::kLanes] = {};
+      for (int64_t i = 0; i < rows; ++i) lanes[i] = mask_value<A>(mask[(c + i) * row_stride + j * key_stride]);
+      f(j, c, V::load(lanes));
+    }
+  }
 }
 
-// Whether anything stands between scale * q.k and the score of this block.
-inline bool needs_finish(const AttentionParams& p, const ScoreBlock& block) {
-  return p.mask != nullptr || p.slopes != nullptr || p.softcap > 0 || p.scale < 0 || window_cuts(p, block);
+// Whether more than a window stands between scale * q.k and the score of this block.
+inline bool needs_finish(const AttentionParams& p, Cover cover) {
+  return cover == Cover::kPartial || p.slopes != nullptr || p.softcap > 0 || p.scale < 0;
 }
 
 template <class A>
@@ -206,38 +258,86 @@ inline A slope_of(const AttentionParams& p, const ScoreBlock& block) {
   return static_cast<const A*>(p.slopes)[block.batch * p.slopes_stride_batch + block.head];
 }
 
-// s = q.k in, score out. cap_slope, if given, receives 1 - tanh^2, the softcap's derivative.
+// s = q.k in, score but for the window out. cap_slope, if given, receives 1 - tanh^2, the softcap's derivative.
 template <class A>
-inline void finish_scores(const AttentionParams& p, const ScoreBlock& block, const A* mask_tile, A* s, A* cap_slope) {
+inline void finish_scores(const AttentionParams& p, const ScoreBlock& block, Cover cover, A* s, A* cap_slope) {
   using V = Vec<A>;
-  constexpr A kInf = std::numeric_limits<A>::infinity();
-  const V scale(static_cast<A>(p.scale)), hidden(-kInf);
+  const V scale(static_cast<A>(p.scale)), hidden(-std::numeric_limits<A>::infinity());
   const V cap(static_cast<A>(p.softcap)), scale_over_cap(static_cast<A>(p.softcap > 0 ? p.scale / p.softcap : 0));
-  const bool cuts = window_cuts(p, block);
-  const V left(p.window_left >= 0 ? static_cast<A>(p.window_left) : kInf);
-  const V right(p.window_right >= 0 ? static_cast<A>(-p.window_right) : -kInf);
   const V slope(p.slopes != nullptr ? slope_of<A>(p, block) : A(0));
-  for (int64_t j = 0; j < block.keys; ++j) {
-    for (int64_t c = 0; c < block.lanes; c += V::kLanes) {
-      const int64_t at = j * block.lanes + c;
-      V x = V::load(s + at);
-      if (p.softcap > 0) {
-        const V t = cap_tanh(x * scale_over_cap);
-        x = t * cap;
-        if (cap_slope != nullptr) fnma(t, t, V(A(1))).store(cap_slope + at);
-      } else {
-        x = x * scale;
+  const bool plain = p.softcap <= 0 && p.slopes == nullptr;
+  const auto before_mask = [&](int64_t j, int64_t c, V x) {
+    if (plain) return x * scale;
+    if (p.softcap > 0) {
+      const V t = cap_tanh(x * scale_over_cap);
+      if (cap_slope != nullptr) fnma(t, t, V(A(1))).store(cap_slope + j * block.lanes + c);
+      x = t * cap;
+    } else {
+      x = x * scale;
+    }
+    if (p.slopes == nullptr) return x;
+    return fnma(slope, abs(V::iota(static_cast<A>(block.row + c + p.diagonal - block.key - j))), x);
+  };
+  if (cover == Cover::kOpen) {
+    for (int64_t j = 0; j < block.keys; ++j) {
+      for (int64_t c = 0; c < block.lanes; c += V::kLanes) {
+        A* at = s + j * block.lanes + c;
+        before_mask(j, c, V::load(at)).store(at);
       }
-      const V distance = V::iota(static_cast<A>(block.row + c + p.diagonal - block.key - j));
-      if (p.slopes != nullptr) x = fnma(slope, abs(distance), x);
-      if (mask_tile != nullptr) {
-        const V mask = V::load(mask_tile + at);
-        x = select(le(mask, hidden), hidden, x + mask);
+    }
+    return;
+  }
+  dispatch_mask(p, [&](auto* type) {
+    using M = std::remove_pointer_t<decltype(type)>;
+    for_mask_lanes<A>(p, block, mask_at<M>(p, block), [&](int64_t j, int64_t c, V mask) {
+      A* at = s + j * block.lanes + c;
+      const V x = before_mask(j, c, V::load(at));
+      select(le(mask, hidden), hidden, x + mask).store(at);
+    });
+  });
+}
+
+// Scores outside the window become -inf. Only keys that some lane of a vector does not see are touched.
+template <class A>
+inline void hide_outside_window(const AttentionParams& p, const ScoreBlock& block, A* s) {
+  using V = Vec<A>;
+  const V hidden(-std::numeric_limits<A>::infinity());
+  for (int64_t c = 0; c < block.lanes; c += V::kLanes) {
+    const int64_t first = block.row + c + p.diagonal - block.key, last = first + V::kLanes - 1;
+    if (p.window_right >= 0) {
+      const V bound(static_cast<A>(-p.window_right));
+      for (int64_t j = std::max<int64_t>(0, first + p.window_right + 1); j < block.keys; ++j) {
+        A* at = s + j * block.lanes + c;
+        select(le(bound, V::iota(static_cast<A>(first - j))), V::load(at), hidden).store(at);
       }
-      if (cuts) x = select(le(distance, left), select(le(right, distance), x, hidden), hidden);
-      x.store(s + at);
+    }
+    if (p.window_left >= 0) {
+      const V bound(static_cast<A>(p.window_left));
+      for (int64_t j = 0; j < std::min(block.keys, last - p.window_left); ++j) {
+        A* at = s + j * block.lanes + c;
+        select(le(V::iota(static_cast<A>(first - j)), bound), V::load(at), hidden).store(at);
+      }
     }
   }
+}
+
+// s = q.k in, score out but for the returned factor: what it takes to scores in units of exp_unit.
+template <class A>
+inline A score_block(const AttentionParams& p, const ScoreBlock& block, Cover cover, A* s, A* cap_slope) {
+  const bool finish = needs_finish(p, cover);
+  if (finish) finish_scores(p, block, cover, s, cap_slope);
+  if (window_cuts(p, block)) hide_outside_window(p, block, s);
+  return finish ? kLogUnit<A> : static_cast<A>(p.scale) * kLogUnit<A>;
+}
+
+// to[j] = additive mask of one row for the keys of a block with one row.
+template <class A>
+inline void load_mask_row(const AttentionParams& p, const ScoreBlock& block, A* to) {
+  dispatch_mask(p, [&](auto* type) {
+    using M = std::remove_pointer_t<decltype(type)>;
+    const M* mask = mask_at<M>(p, block);
+    for (int64_t j = 0; j < block.keys; ++j) to[j] = mask_value<A>(mask[j * p.mask_stride[3]]);
+  });
 }
 
 // tile[key][lane] = 1 where the weight is kept, else 0. block.key is a multiple of 4; the tile has room for keys
