@@ -9,41 +9,50 @@
 
 constexpr int64_t kDecodeKeys = 256;
 
-// to[j] = q . k_j for the kLanes keys from k (n of them exist); q is zero padded to whole vectors.
-template <class S>
-inline void dot_keys(const S* k, int64_t ld, int64_t n, int64_t channels, const float* q, float* to) {
-  constexpr int kLanes = VecF::kLanes;
-  VecF sum[kLanes];
-  const S* row[kLanes];
+// Rows of queries that pass a key or value together: 16 accumulators in each product.
+template <class A>
+constexpr int kDecodeRowsTogether = Vec<A>::kLanes >= 4 ? 4 : 1;
+// Bytes of a row of keys or values fetched ahead of their use: further than a hardware prefetcher goes.
+constexpr int64_t kDecodeAhead = 2048;
+
+// to[r * ld_to + j] = q_r . k_j for R rows of queries and the kLanes / R keys from k on (n of them exist); q is zero
+// padded to whole vectors. Every product is summed the same way whatever R is.
+template <int R, class S>
+inline void dot_keys(const S* k, int64_t ld, int64_t n, int64_t channels, const Acc<S>* q, int64_t ld_q, Acc<S>* to,
+                     int64_t ld_to) {
+  using V = Vec<Acc<S>>;
+  constexpr int kLanes = V::kLanes, kKeys = kLanes / R;
+  V sum[kLanes];
+  const S* row[kKeys];
 #pragma GCC unroll 16
-  for (int j = 0; j < kLanes; ++j) sum[j] = VecF::zero(), row[j] = k + std::min<int64_t>(j, n - 1) * ld;
-  int64_t d = 0;
-  for (; d + kLanes <= channels; d += kLanes) {
-    const VecF x = VecF::load(q + d);
+  for (int i = 0; i < kLanes; ++i) sum[i] = V::zero();
 #pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) sum[j] = fma(VecF::load(row[j] + d), x, sum[j]);
-  }
-  if (d < channels) {
-    const VecF x = VecF::load(q + d);
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) sum[j] = fma(VecF::load_n(row[j] + d, channels - d), x, sum[j]);
-  }
-  transpose(sum);
+  for (int j = 0; j < kKeys; ++j) row[j] = k + std::min<int64_t>(j, n - 1) * ld;
+  for (int64_t d = 0; d < channels; d += kLanes) {
+    const bool whole = d + kLanes <= channels;
+    V query[R];
 #pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kLanes; j += 2 * step) sum[j] = sum[j] + sum[j + step];
-  }
-  sum[0].store(to);
-}
-inline void dot_keys(const double* k, int64_t ld, int64_t n, int64_t channels, const double* q, double* to) {
-  for (int64_t j = 0; j < n; ++j) {
-    VecD sum = VecD::zero();
-    for (int64_t d = 0; d < channels; d += VecD::kLanes) {
-      sum = fma(VecD::load_n(k + j * ld + d, std::min<int64_t>(VecD::kLanes, channels - d)), VecD::load(q + d), sum);
+    for (int r = 0; r < R; ++r) query[r] = V::load(q + r * ld_q + d);
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeys; ++j) {
+      const V key = whole ? V::load(row[j] + d) : V::load_n(row[j] + d, channels - d);
+      // One row alone is no slower than the hardware's own prefetcher; several rows hide what it does.
+      if (R > 1 && d * static_cast<int64_t>(sizeof(S)) % 64 == 0) {
+        __builtin_prefetch(reinterpret_cast<const char*>(row[j] + d) + kDecodeAhead);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r * kKeys + j] = fma(key, query[r], sum[r * kKeys + j]);
     }
-    to[j] = reduce_add(sum);
   }
+  // A copy: what is passed by reference would live in memory all along.
+  V turned[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) turned[i] = sum[i];
+  alignas(64) Acc<S> dots[kLanes];
+  sum_lanes(turned).store(dots);
+  // The keys beyond n are the last one again: there is room for them.
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) std::memcpy(to + r * ld_to, dots + r * kKeys, kKeys * sizeof(Acc<S>));
 }
 
 template <class S>
@@ -62,7 +71,8 @@ class AttentionDecode {
         q_(scratch.take<A>(group_ * p.rows * ld_q_)),
         s_(scratch.take<A>(group_ * p.rows * kRowScores)),
         mask_(scratch.take<A>(kDecodeKeys + V::kLanes)),
-        o_(scratch.take<A>(round_up(p.head_dim_v, V::kLanes))) {}
+        ld_o_(round_up(p.head_dim_v, 8 * V::kLanes)),
+        o_(scratch.take<A>(std::max<int64_t>(1, group_ * p.rows) * ld_o_)) {}
 
   void run(Range range) {
     for (int64_t item = range.begin; item < range.end; ++item) {
@@ -129,29 +139,40 @@ class AttentionDecode {
       }
     }
     runs(p_.k, p_.k_stride, p_.head_dim, b, kv, key, count, [&](int64_t first, const S* k, int64_t n) {
-      for (int64_t j = 0; j < n; j += V::kLanes) {
-        for (int64_t r = 0; r < rows; ++r) {
-          dot_keys(k + j * p_.k_stride[2], p_.k_stride[2], std::min<int64_t>(V::kLanes, n - j), p_.head_dim,
-                   q_ + r * ld_q_, s_ + r * kRowScores + first + j);
+      for_rows(rows, [&](auto together, int64_t r) {
+        constexpr int kRows = decltype(together)::value, kKeys = V::kLanes / kRows;
+        for (int64_t j = 0; j < n; j += kKeys) {
+          dot_keys<kRows>(k + j * p_.k_stride[2], p_.k_stride[2], std::min<int64_t>(kKeys, n - j), p_.head_dim,
+                          q_ + r * ld_q_, ld_q_, s_ + r * kRowScores + first + j, kRowScores);
         }
-      }
+      });
     });
+    bool sparse = false;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = kv * group_ + r / p_.rows, i = r % p_.rows;
       A* sums = record(b, h, i) + index * (p_.head_dim_v + 2);
-      A* s = s_ + r * kRowScores;
-      finish_row(b, h, i, key, count, s);
-      softmax_row(count, s, sums);
-      std::fill_n(sums + 2, p_.head_dim_v, A(0));
+      finish_row(b, h, i, key, count, s_ + r * kRowScores);
+      sparse |= !softmax_row(count, s_ + r * kRowScores, sums);
     }
+    std::fill_n(o_, rows * ld_o_, A(0));
     runs(p_.v, p_.v_stride, p_.head_dim_v, b, kv, key, count, [&](int64_t first, const S* v, int64_t n) {
-      for (int64_t r = 0; r < rows; ++r) {
-        A* o = record(b, kv * group_ + r / p_.rows, r % p_.rows) + index * (p_.head_dim_v + 2) + 2;
-        for (int64_t d = 0; d < p_.head_dim_v; d += 8 * V::kLanes) {
-          weigh_values(v, n, s_ + r * kRowScores + first, d, o);
-        }
-      }
+      for_rows(rows, [&](auto together, int64_t r) {
+        weigh_values<decltype(together)::value>(v, n, s_ + r * kRowScores + first, sparse, o_ + r * ld_o_);
+      });
     });
+    for (int64_t r = 0; r < rows; ++r) {
+      A* sums = record(b, kv * group_ + r / p_.rows, r % p_.rows) + index * (p_.head_dim_v + 2);
+      std::copy_n(o_ + r * ld_o_, p_.head_dim_v, sums + 2);
+    }
+  }
+
+  // f(number of rows as a type, first row) for all rows, several at a time.
+  template <class F>
+  static void for_rows(int64_t rows, const F& f) {
+    constexpr int kTogether = kDecodeRowsTogether<A>;
+    int64_t r = 0;
+    for (; r + kTogether <= rows; r += kTogether) f(std::integral_constant<int, kTogether>(), r);
+    for (; r < rows; ++r) f(std::integral_constant<int, 1>(), r);
   }
 
   // s = q.k in, score out; lanes beyond `count` become -inf.
@@ -179,52 +200,80 @@ class AttentionDecode {
     }
   }
 
-  // Scores to unnormalised probabilities; record[0..1] = m, l.
-  void softmax_row(int64_t count, A* s, A* record) {
+  // Scores to unnormalised probabilities; record[0..1] = m, l. Returns whether all of them are positive.
+  bool softmax_row(int64_t count, A* s, A* record) {
     constexpr A kInf = std::numeric_limits<A>::infinity();
-    V highest(-kInf), sum = V::zero();
+    V highest(-kInf), sum = V::zero(), lowest(kInf);
     for (int64_t j = 0; j < count; j += V::kLanes) highest = max(highest, V::load(s + j));
     const A m = reduce_max(highest) * kLogUnit<A>;
     const V shift(m == -kInf ? A(0) : -m), unit(kLogUnit<A>);
     for (int64_t j = 0; j < count; j += V::kLanes) {
       const V p = exp_unit<false>(fma(V::load(s + j), unit, shift));
       sum = sum + p;
+      lowest = min(lowest, count - j < V::kLanes ? select(first_n<A>(count - j), p, lowest) : p);
       p.store(s + j);
     }
     record[0] = m, record[1] = reduce_add(sum);
+    return reduce_max(V::zero() - lowest) < A(0);
   }
 
-  // o[channel .. channel + 8 vectors) += sum_j s_j v_j over the keys with a probability.
-  void weigh_values(const S* v, int64_t count, const A* s, int64_t channel, A* o) {
-    const int64_t left = p_.head_dim_v - channel;
-    V sum[8];
+  // o_r += sum_j s_rj v_j for R rows. `sparse`: some probabilities are 0 (or NaN), and keys without one must not be
+  // touched.
+  template <int R>
+  void weigh_values(const S* v, int64_t count, const A* s, bool sparse, A* o) {
+    constexpr int kVectors = R == 1 ? 8 : 4;
+    for (int64_t d = 0; d < p_.head_dim_v; d += kVectors * V::kLanes) {
+      const int64_t left = p_.head_dim_v - d;
+      if (sparse || left < 4 * V::kLanes || (left < kVectors * V::kLanes && left != 4 * V::kLanes)) {
+        weigh_channels<R, kVectors, false>(v + d, count, s, left, o + d);
+      } else if (left < kVectors * V::kLanes) {
+        weigh_channels<R, 4, true>(v + d, count, s, left, o + d);
+      } else {
+        weigh_channels<R, kVectors, true>(v + d, count, s, left, o + d);
+      }
+    }
+  }
+
+  // kDense: whole vectors, and no probability is 0.
+  template <int R, int kVectors, bool kDense>
+  void weigh_channels(const S* v, int64_t count, const A* s, int64_t left, A* o) {
+    V sum[R][kVectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const int64_t n = std::min<int64_t>(V::kLanes, left - i * V::kLanes);
-      sum[i] = n > 0 ? V::load_n(o + channel + i * V::kLanes, n) : V::zero();
+      for (int i = 0; i < kVectors; ++i) sum[r][i] = V::load(o + r * ld_o_ + i * V::kLanes);
     }
     for (int64_t j = 0; j < count; ++j) {
-      if (s[j] == A(0)) continue;
-      const S* row = v + j * p_.v_stride[2] + channel;
-      const V weight(s[j]);
-      if (left >= 8 * V::kLanes) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) sum[i] = fma(weight, V::load(row + i * V::kLanes), sum[i]);
-      } else if (left == 4 * V::kLanes) {
+      const S* row = v + j * p_.v_stride[2];
+      V weight[R];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sum[i] = fma(weight, V::load(row + i * V::kLanes), sum[i]);
-      } else {
+      for (int r = 0; r < R; ++r) weight[r] = V(s[r * kRowScores + j]);
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          const int64_t n = std::min<int64_t>(V::kLanes, left - i * V::kLanes);
-          if (n > 0) sum[i] = fma(weight, V::load_n(row + i * V::kLanes, n), sum[i]);
+      for (int i = 0; i < kVectors; ++i) {
+        if constexpr (kDense) {
+          const V value = V::load(row + i * V::kLanes);
+          if (R > 1 && i * V::kLanes * sizeof(S) % 64 == 0) {
+            __builtin_prefetch(reinterpret_cast<const char*>(row + i * V::kLanes) + kDecodeAhead);
+          }
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sum[r][i] = fma(weight[r], value, sum[r][i]);
+        } else if (i * V::kLanes < left) {
+          const V value = V::load_n(row + i * V::kLanes, std::min<int64_t>(V::kLanes, left - i * V::kLanes));
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            const V product = fma(weight[r], value, sum[r][i]);
+            // Not zero: above, below or NaN.
+            sum[r][i] = select(le(abs(weight[r]), V::zero()), sum[r][i], product);
+          }
         }
       }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const int64_t n = std::min<int64_t>(V::kLanes, left - i * V::kLanes);
-      if (n > 0) sum[i].store_n(o + channel + i * V::kLanes, n);
+      for (int i = 0; i < kVectors; ++i) {
+        if (kDense || i * V::kLanes < left) sum[r][i].store(o + r * ld_o_ + i * V::kLanes);
+      }
     }
   }
 
@@ -260,7 +309,9 @@ class AttentionDecode {
 
   AttentionParams p_;                          // with the extents of the sequence at hand
   const int64_t group_, rows_, parts_, ld_q_;  // rows_, parts_: of the longest sequence
-  A *q_, *s_, *mask_, *o_;
+  A *q_, *s_, *mask_;
+  const int64_t ld_o_;
+  A* o_;
 };
 
 inline void attention_forward(const AttentionParams& p, Range range) {

@@ -51,6 +51,23 @@ inline VecD cap_tanh(VecD x) {
   return per_lane(x, [](double t) { return std::tanh(t); });
 }
 
+// Lane i of the result is the sum of x[i]'s lanes.
+inline VecF sum_lanes(VecF (&x)[VecF::kLanes]) {
+  constexpr int kLanes = VecF::kLanes;
+  transpose(x);
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes; i += 2 * step) x[i] = x[i] + x[i + step];
+  }
+  return x[0];
+}
+inline VecD sum_lanes(VecD (&x)[VecD::kLanes]) {
+  alignas(64) double sums[VecD::kLanes];
+  for (int i = 0; i < VecD::kLanes; ++i) sums[i] = reduce_add(x[i]);
+  return VecD::load(sums);
+}
+
 // The first n values of storage as lanes; bool as an additive mask.
 template <class S>
 inline VecF load_lanes(const S* from, int64_t n) {
