@@ -174,7 +174,7 @@ int64_t split(const Items& items, int64_t heads, int64_t t, int64_t parts) {
 template <class Params, class F>
 void for_items(Params p, int64_t heads, int64_t each, const Items& items, const F& f) {
   if (p.sequences == nullptr) {
-    parallel_for(p.batch * heads * each, 1, [&](Range range) { f(p, range); });
+    parallel_chunks(p.batch * heads * each, each, [&](Range range) { f(p, range); });
     return;
   }
   p.items_before = items.before.data();
@@ -299,7 +299,7 @@ void run_stage(AttentionBackwardParams p, AttentionStage stage, int64_t items) {
   const KernelTable& table = kernels();
   p.stage = stage;
   if (stage != AttentionStage::kFinish) p.slope_rows = p.delta = nullptr;
-  parallel_for(items, 1, [&](Range range) { table.attention_backward(p, range); });
+  parallel_chunks(items, 1, [&](Range range) { table.attention_backward(p, range); });
 }
 
 // dq and the row sums by query blocks, then dk and dv by key blocks.
