@@ -51,6 +51,7 @@ class AttentionBackward {
       x.dout = scratch.take<T>(for_keys_ ? G::packed_size(kAttentionQueries, p.head_dim_v) : 0);
       x.dq = scratch.take<A>(for_queries_ ? p.head_dim * kAttentionQueries : 0);
       x.lse = scratch.take<A>(kAttentionQueries);
+      x.lse_low = scratch.take<A>(kAttentionQueries);
       x.delta = scratch.take<A>(kAttentionQueries);
       x.slope_sum = scratch.take<A>(kAttentionQueries);
     }
@@ -94,7 +95,7 @@ class AttentionBackward {
     ScoreBlock block;
     Range visible;
     T *q_transposed, *dout_transposed, *q, *dout;
-    A *dq, *lse, *delta, *slope_sum;
+    A *dq, *lse, *lse_low, *delta, *slope_sum;
   };
 
   int64_t query_blocks() const { return (p_.rows + kAttentionQueries - 1) / kAttentionQueries; }
@@ -284,6 +285,7 @@ class AttentionBackward {
     const A *lse = static_cast<const A*>(p_.lse) + row, *dlse = static_cast<const A*>(p_.dlse) + row;
     bool hidden = false;
     std::fill_n(x.lse, block.lanes, kInf);
+    std::fill_n(x.lse_low, block.lanes, A(0));
     std::fill_n(x.delta, block.lanes, A(0));
     std::fill_n(x.slope_sum, block.lanes, A(0));
     for (int64_t c = 0; c < block.rows; ++c) {
@@ -297,6 +299,7 @@ class AttentionBackward {
         sum = fma(V::load_n(dout + c * p_.dout_stride[2] + d, n), V::load_n(out + c * p_.out_stride[2] + d, n), sum);
       }
       x.lse[c] = lse[c] * kLogUnit<A>;
+      x.lse_low[c] = std::fma(lse[c], kLogUnit<A>, -x.lse[c]);
       x.delta[c] = reduce_add(sum) - (p_.dlse != nullptr ? dlse[c] : A(0));
     }
     return hidden;
@@ -352,9 +355,10 @@ class AttentionBackward {
     constexpr int kVectors = G::kNr / V::kLanes;
     const int64_t lanes = block.lanes, ld = lanes * G::kParts;
     for (int64_t c = 0; c < lanes; c += G::kNr) {
-      V lse[kVectors], delta[kVectors], slope_sum[kVectors];
+      V lse[kVectors], lse_low[kVectors], delta[kVectors], slope_sum[kVectors];
       for (int v = 0; v < kVectors; ++v) {
         lse[v] = V::zero() - V::load(x.lse + c + v * V::kLanes);
+        lse_low[v] = V::load(x.lse_low + c + v * V::kLanes);
         delta[v] = V::load(x.delta + c + v * V::kLanes);
         slope_sum[v] = V::load(x.slope_sum + c + v * V::kLanes);
       }
@@ -369,7 +373,10 @@ class AttentionBackward {
             ds[step] = V::zero();
             if (G::kStep > 1 && j + step >= block.keys) continue;
             const int64_t column = c + v * V::kLanes, at = (j + step) * lanes + column;
-            V p = exp_unit<kCoarse>(fma(V::load(s_ + at), V(unit), lse[v]));
+            V exponent = fma(V::load(s_ + at), V(unit), lse[v]);
+            // An error here is one of the whole row: what lse lost in the change of base counts in single precision.
+            if constexpr (sizeof(S) == sizeof(float)) exponent = exponent - lse_low[v];
+            V p = exp_unit<kCoarse>(exponent);
             if constexpr (kScores == Scores::kModified) {
               ds[step] = modified_gradient(block, j + step, column, delta[v], &p, &slope_sum[v]);
             } else {

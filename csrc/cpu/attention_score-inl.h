@@ -13,7 +13,8 @@
 template <class A>
 constexpr A kLogUnit = std::is_same_v<A, float> ? A(1.44269504088896340736) : A(1);
 
-// 2^x, relative error 9e-8 (degree 5), or 3e-6 (degree 4) where 16-bit storage hides it. NaN stays; x > 128 gives inf.
+// 2^x, correct but for rounding (degree 6: 2e-9), or to 3e-6 (degree 4) where 16-bit storage hides it. NaN stays; x >
+// 128 gives inf.
 template <bool kCoarse>
 inline VecF exp_unit(VecF x) {
   x = max(VecF(-160.0f), x);
@@ -24,10 +25,11 @@ inline VecF exp_unit(VecF x) {
     p = fma(p, r, VecF(2.402409861e-1f));
     p = fma(p, r, VecF(6.931241934e-1f));
   } else {
-    p = fma(r, VecF(1.326472707e-3f), VecF(9.671512649e-3f));
-    p = fma(p, r, VecF(5.550733744e-2f));
-    p = fma(p, r, VecF(2.402224209e-1f));
-    p = fma(p, r, VecF(6.931469776e-1f));
+    p = fma(r, VecF(1.535336207e-4f), VecF(1.339887456e-3f));
+    p = fma(p, r, VecF(9.618437358e-3f));
+    p = fma(p, r, VecF(5.550332471e-2f));
+    p = fma(p, r, VecF(2.402264791e-1f));
+    p = fma(p, r, VecF(6.931472029e-1f));
   }
   return scale_by_rounded(fma(p, r, VecF(1.0f)), min(VecF(129.0f), n));
 }
@@ -35,6 +37,12 @@ template <bool kCoarse>
 inline VecD exp_unit(VecD x) {
   return exp(x);
 }
+
+// log(l e^m) for m in units of exp_unit, rounded once.
+inline float natural_lse(float m, float l) {
+  return static_cast<float>(0.69314718055994530942 * m + static_cast<double>(std::log(l)));
+}
+inline double natural_lse(double m, double l) { return m + std::log(l); }
 
 // tanh with small relative error: an odd polynomial below 0.625 (Cephes tanhf), 1 - 2 / (e^2x + 1) above.
 inline VecF cap_tanh(VecF x) {

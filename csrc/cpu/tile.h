@@ -87,7 +87,8 @@ inline int& tile_scopes() {
 }
 
 struct TileScope {
-  TileScope() {
+  // Always in line: a function that configures tiles is then seen to release them.
+  __attribute__((always_inline)) TileScope() {
     if (tile_scopes()++ > 0) return;
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -96,7 +97,7 @@ struct TileScope {
     } configuration;
     _tile_loadconfig(&configuration);
   }
-  ~TileScope() {
+  __attribute__((always_inline)) ~TileScope() {
     if (--tile_scopes() == 0) _tile_release();
   }
 };
