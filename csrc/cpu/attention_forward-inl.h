@@ -191,15 +191,20 @@ class AttentionForward {
     constexpr int kVectors = G::kNr / V::kLanes;
     const int64_t lanes = block.lanes;
     for (int64_t c = 0; c < lanes; c += G::kNr) {
-      V m[kVectors], sum[kVectors];
+      V m[kVectors], sum[kVectors], total[kVectors];
       highest<kVectors>(block, s_ + c, m);
       for (int v = 0; v < kVectors; ++v) {
         m[v] = raise_maximum(x, m[v] * V(unit), c + v * V::kLanes, lanes);
-        sum[v] = V::zero();
+        sum[v] = total[v] = V::zero();
       }
       T* panel = probabilities_ + G::packed_index(0, c, block.keys);
       for (int64_t j = 0; j < block.keys; j += G::kStep) {
         for (int step = 0; step < G::kStep; ++step) ahead_.step();
+        // Sums of 16 keys: one long chain would round the whole row by more than its probabilities are.
+        if (j % 16 == 0) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) total[v] = total[v] + sum[v], sum[v] = V::zero();
+        }
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           V row[G::kStep];
@@ -217,7 +222,7 @@ class AttentionForward {
       }
       for (int v = 0; v < kVectors; ++v) {
         A* l = x.l + c + v * V::kLanes;
-        (V::load(l) + sum[v]).store(l);
+        (V::load(l) + (total[v] + sum[v])).store(l);
       }
     }
     G::zero_packed_tail(probabilities_, block.keys, lanes);

@@ -113,13 +113,10 @@ def test_errors_beside_sdpas():
 
 @pytest.fixture
 def short(monkeypatch):
-    """Bars that a machine of any speed passes; the session leaves the number of threads alone afterwards."""
+    """Bars that a machine of any speed passes."""
     monkeypatch.setattr(bars, "ERROR_NOISE", 10.0)  # of a handful of float32 values
     monkeypatch.setattr(measure.ReadPeak, "BYTES", 1 << 16)
     monkeypatch.setattr(measure.MatrixPeak, "SIZES", (16,))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def _line(shape=(1, 2, 9, 8), bar=(1e-9, 1e-9), **rest) -> Line:

@@ -211,16 +211,12 @@ def test_sweep_lists_what_is_slower(monkeypatch, capsys):
         return {name: measure.Timing(*[1.5 if name == bench.OURS else slower] * 3, 5) for name in calls}
 
     monkeypatch.setattr(bench, "interleave", timed)
-    threads = torch.get_num_threads()
-    try:
-        assert cli.main(["bench", "attention", "--sweep", "--dtype", "float32"]) == 0
-        assert budgets == [sweep.SECONDS] * 2 + [sweep.AGAIN_SECONDS] * 2 + [sweep.SECONDS] * 2
-        assert "float32 forward: 2 rows, worst ratio 1.33, 0 below 1" in capsys.readouterr().out
-        slow = {True: measure.Timing(2.0, 2.0, 2.0, 5), False: measure.Timing(1.0, 1.0, 1.0, 5)}
-        monkeypatch.setattr(bench, "interleave", lambda calls, *_: {name: slow[name == bench.OURS] for name in calls})
-        assert cli.main(["bench", "attention", "--sweep", "--dtype", "float32", "--only", "1x2x9"]) == 1
-    finally:
-        torch.set_num_threads(threads)
+    assert cli.main(["bench", "attention", "--sweep", "--dtype", "float32"]) == 0
+    assert budgets == [sweep.SECONDS] * 2 + [sweep.AGAIN_SECONDS] * 2 + [sweep.SECONDS] * 2
+    assert "float32 forward: 2 rows, worst ratio 1.33, 0 below 1" in capsys.readouterr().out
+    slow = {True: measure.Timing(2.0, 2.0, 2.0, 5), False: measure.Timing(1.0, 1.0, 1.0, 5)}
+    monkeypatch.setattr(bench, "interleave", lambda calls, *_: {name: slow[name == bench.OURS] for name in calls})
+    assert cli.main(["bench", "attention", "--sweep", "--dtype", "float32", "--only", "1x2x9"]) == 1
     text = capsys.readouterr().out
     assert text.count("1x2x9x8") == 2 and "float32 backward: 1 rows, worst ratio 0.50, 1 below 1" in text
 
