@@ -10,7 +10,7 @@
 
 // Query blocks that are taken through the keys together: one, unless keys and values of a head outgrow this share of
 // the L2 cache and would have to come from afar for every query block.
-constexpr int64_t kQueryBlocksTogether = 4;
+constexpr int64_t kQueryBlocksTogether = 8;
 constexpr int64_t kResidentBytes = 256 << 10;
 
 template <class S>
