@@ -8,8 +8,8 @@
 // Sums run over query blocks (and the heads of a group) and over key blocks in ascending order, whatever the stage, so
 // that results depend neither on the number of threads nor on which stages computed them.
 
-// Query blocks of a chunk: up to so many, and so many bytes of them with their gradients. Half of a 1 MiB L2 cache; the
-// other half is for one block of keys, values and their gradients.
+// Query blocks of a chunk: up to so many, and so many bytes of them with their gradients. One block of keys, values and
+// their gradients has its place in a 1 MiB L2 cache beside them.
 constexpr int64_t kQueryBlocksResident = 8;
 constexpr int64_t kResidentQueries = 192 << 10;
 // Key blocks of a chunk in stage kKeys, for which queries are prepared once.

@@ -1,9 +1,10 @@
 // Attention of a few queries to many keys: the step of a KV cache. Contract: AttentionParams in params.h, `partial`
 // set.
 //
-// Bound by reading K and V, which happens once for all heads of a group; nothing is packed, queries are not lanes. Keys
-// are cut into parts of kDecodeKeys, so that few heads still occupy all threads; the parts of a row, each with its own
-// maximum m, sum l and output o, are merged in order ("Flash-Decoding", Dao et al., 2023):
+// Bound by reading K and V, which happens once for all heads of a group; nothing is packed, queries are not lanes:
+// several rows of them pass every key and value together. Keys are cut into parts of kDecodeKeys, so that few heads
+// still occupy all threads; the parts of a row, each with its own maximum m, sum l and output o, are merged in order
+// ("Flash-Decoding", Dao et al., 2023):
 //   out = sum_p e^(m_p - m) o_p / sum_p e^(m_p - m) l_p
 // Work item: (b, kv head, part), or, when p.merge, a row (b, head, query). Records are m, l, o[head_dim_v].
 

@@ -154,8 +154,8 @@ inline void interleave_rows(const BFloat16* first, const BFloat16* second, int64
 
 // The same matrix as the left operand of products along its rows, O^T += V^T P^T: by columns where it lies (or lies
 // widened) if one element is broadcast at a time, by pairs of rows for bfloat16, transposed for tiles. A row with an
-// inf or NaN enters as zeros and is reported by has_special(): its products with zero probabilities must not become
-// NaN, so they are added one by one.
+// inf or NaN enters as zeros, since its products with zero probabilities must not become NaN; they are added one by
+// one.
 template <class S>
 class OperandColumns {
  public:
