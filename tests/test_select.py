@@ -46,6 +46,7 @@ def test_explain_validates_and_refuses_what_calls_no_operation() -> None:
         (fastattn.rms_norm, (Q, (8,)), "rms_norm"),
         (fastattn.ffn, (Q, torch.ones(3, 8), torch.ones(8, 3)), "ffn"),
         (fastattn.glu_ffn, (Q, torch.ones(3, 8), torch.ones(3, 8), torch.ones(8, 3)), "glu_ffn"),
+        (fastattn.linear, (Q, torch.ones(3, 8)), "linear"),
         (fastattn.rope, (Q, torch.ones(5, 4), torch.ones(5, 4)), "rope"),
     ],
 )

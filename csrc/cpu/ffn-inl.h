@@ -62,10 +62,13 @@ inline void finish_store(const LinearParams& p, const Piece& piece, const Acc<S>
   const S* bias = static_cast<const S*>(p.bias[0]);
   for (int64_t r = 0; r < piece.rows; ++r) {
     const Acc<S>* from = sums + r * p.column_block;
-    S* to = static_cast<S*>(p.c) + (piece.row + r) * p.N + piece.column;
+    const int64_t at = (piece.row + r) * p.N + piece.column;
+    S* to = static_cast<S*>(p.c) + at;
+    const S* residual = p.residual == nullptr ? nullptr : static_cast<const S*>(p.residual) + at;
     for_vectors<V::kLanes>(piece.columns, [&](int64_t n, int64_t count) {
       V x = load_part<V>(from + n, count);
       if (bias != nullptr) x = x + load_part<V>(bias + piece.column + n, count);
+      if (residual != nullptr) x = x + load_part<V>(residual + n, count);
       store_part(x, to + n, count);
     });
   }

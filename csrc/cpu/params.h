@@ -175,7 +175,7 @@ struct MatrixProduct {
 
 // What becomes of the sums. All matrices are (M, N) with leading dimension N.
 enum class Epilogue : int {
-  kStore,           // c = sum + bias[0]
+  kStore,           // c = sum + bias[0] + residual
   kActivation,      // pre = sum + bias[0], gate = sum2 + bias[1]; c = dropout(act(pre)), or dropout(act(gate) * pre)
   kActivationGrad,  // sum is the gradient of c above: c again, and the gradients of pre and gate
 };
@@ -191,10 +191,11 @@ struct LinearParams {
   int64_t row_block, column_block;  // column_block is a multiple of 64
 
   Epilogue epilogue;
-  const void* bias[2];  // (N,) or null
-  void* c;              // null: not wanted
-  void *pre, *gate;     // kActivation writes them unless null; kActivationGrad reads them (gate null: not gated)
-  void *dpre, *dgate;   // kActivationGrad
+  const void* bias[2];   // (N,) or null
+  const void* residual;  // kStore: (M, N) or null
+  void* c;               // null: not wanted
+  void *pre, *gate;      // kActivation writes them unless null; kActivationGrad reads them (gate null: not gated)
+  void *dpre, *dgate;    // kActivationGrad
   void *dpre_sums, *dgate_sums;  // kActivationGrad: (row blocks, N) column sums in the accumulation dtype, or null
   Activation activation;
   Dropout dropout;

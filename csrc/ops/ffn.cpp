@@ -3,73 +3,13 @@
 
 #include "cpu/kernel_table.h"
 #include "cpu/scratch.h"
-#include "ops/tensor.h"
+#include "ops/linear.h"
 
 namespace fastattn {
 namespace {
 
-// Rows of a work item: what L2 holds of A and of the sums (gemm-inl.h). Fixed, since column sums are per such block.
-constexpr int64_t kRowBlock = 128;
 // Rows whose hidden activations exist at a time when they are not kept for backward.
 constexpr int64_t kChunkRows = 2048;
-
-int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
-
-// Equal columns, at most `most`, in a multiple of 64.
-int64_t equal_columns(int64_t N, int64_t most) {
-  const int64_t blocks = std::max<int64_t>(1, blocks_of(N, most));
-  return std::max<int64_t>(64, blocks_of(blocks_of(N, blocks), 64) * 64);
-}
-
-// With at most one row block nobody would share a packed B: every item then packs its own few columns.
-bool packs_ahead(const LinearParams& p) { return p.M > kRowBlock; }
-
-LinearParams make_linear(DType dtype, int64_t M, int64_t N, int64_t K, Epilogue epilogue) {
-  LinearParams p = {};
-  p.dtype = dtype;
-  p.M = M, p.N = N, p.K = K;
-  p.products = 1;
-  p.epilogue = epilogue;
-  p.dropout_scale = 1.0;
-  return p;
-}
-
-// The second of two products, if `b` is there.
-void add_product(LinearParams* p, const void* a, const void* b, bool apart) {
-  if (b == nullptr) return;
-  p->product[1] = p->product[0];
-  p->product[1].a = a, p->product[1].b = b;
-  p->products = 2, p->second_apart = apart;
-}
-
-size_t packed_bytes(const KernelTable& table, const LinearParams& p) {
-  return packs_ahead(p) ? p.products * ((table.linear_packed_bytes(p) + 63) / 64 * 64) : 0;
-}
-
-void pack(const KernelTable& table, LinearParams* p, void* buffer) {
-  if (!packs_ahead(*p)) return;
-  for (int i = 0; i < p->products; ++i) {
-    p->product[i].packed = static_cast<char*>(buffer) + i * (packed_bytes(table, *p) / p->products);
-  }
-  parallel_for(table.linear_pack_items(*p), 1, [&](Range range) { table.linear_pack(*p, range); });
-}
-
-void multiply(const KernelTable& table, LinearParams* p) {
-  const int64_t most = p->product[0].packed == nullptr ? 64 : p->second_apart ? 256 : 512;
-  p->row_block = kRowBlock;
-  p->column_block = equal_columns(p->N, most);
-  const int64_t items = blocks_of(p->M, p->row_block) * blocks_of(p->N, p->column_block);
-  parallel_for(items, 1, [&](Range range) { table.linear(*p, range); });
-}
-
-void column_sums(const KernelTable& table, DType from, DType to, int64_t M, int64_t N, const void* x, void* sums) {
-  const ColumnSumParams p = {from, to, M, N, x, sums};
-  parallel_for(N, 64, [&](Range range) { table.column_sums(p, range); });
-}
-
-void check_matrix(const Tensor& x, ScalarType type, const char* what) {
-  FASTATTN_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == type, what);
-}
 
 struct Sizes {
   int64_t M, K, F, O, element;
@@ -93,12 +33,6 @@ Sizes check(const Tensor& x, const Tensor& w_in, const OptionalTensor& w_gate, c
   return s;
 }
 
-void check_bias(const OptionalTensor& bias, int64_t n, ScalarType type) {
-  FASTATTN_CHECK(!bias.has_value() ||
-                     (bias->dim() == 1 && bias->size(0) == n && bias->is_contiguous() && bias->scalar_type() == type),
-                 "ffn: a bias does not fit its weight");
-}
-
 void set_activation(LinearParams* p, int64_t activation, double dropout_p, const OptionalTensor& rng_state) {
   p->activation = static_cast<Activation>(activation);
   p->dropout = make_dropout(dropout_p, rng_state);
@@ -113,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_
                                                double dropout_p, const OptionalTensor& rng_state, bool save_pre) {
   const Sizes s = check(x, w_in, w_gate, w_out, activation);
   const ScalarType type = x.scalar_type();
-  check_bias(b_in, s.F, type), check_bias(b_gate, s.F, type), check_bias(b_out, s.O, type);
+  check_bias(b_in, s.F, type, "ffn"), check_bias(b_gate, s.F, type, "ffn"), check_bias(b_out, s.O, type, "ffn");
   const Tensor out = empty({s.M, s.O}, type);
   const Tensor pre = save_pre ? empty({s.M, s.F}, type) : none(x);
   const Tensor gate = save_pre && s.gated ? empty({s.M, s.F}, type) : none(x);

@@ -27,6 +27,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
     bool sinks_grad, const OptionalTensor& sequences);
 
+Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& residual);
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, bool x_grad,
+                                                   bool weight_grad, bool bias_grad);
+
 std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in,
                                                const OptionalTensor& w_gate, const OptionalTensor& b_gate,
                                                const Tensor& w_out, const OptionalTensor& b_out, int64_t activation,
@@ -44,6 +49,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 
   m.impl("norm_forward", TORCH_BOX(&fastattn::norm_forward));
   m.impl("norm_backward", TORCH_BOX(&fastattn::norm_backward));
+  m.impl("linear_forward", TORCH_BOX(&fastattn::linear_forward));
+  m.impl("linear_backward", TORCH_BOX(&fastattn::linear_backward));
   m.impl("ffn_forward", TORCH_BOX(&fastattn::ffn_forward));
   m.impl("ffn_backward", TORCH_BOX(&fastattn::ffn_backward));
 }

@@ -4,6 +4,7 @@ from fastattn.ops._select import Explanation, explain
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention_sequences import attention_varlen, attention_with_kv_cache
 from fastattn.ops.ffn import ffn, glu_ffn
+from fastattn.ops.linear import linear
 from fastattn.ops.norm import layer_norm, rms_norm
 from fastattn.ops.rope import rope
 
@@ -16,6 +17,7 @@ __all__ = [
     "ffn",
     "glu_ffn",
     "layer_norm",
+    "linear",
     "rms_norm",
     "rope",
     "scaled_dot_product_attention",

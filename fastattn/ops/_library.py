@@ -57,6 +57,12 @@ SCHEMAS = {
         " Tensor? rng_state, bool weight_grad, bool bias_grad)"
         " -> (Tensor dh_total, Tensor dx, Tensor dweight, Tensor dbias)"
     ),
+    # y = x weightᵀ + bias + residual: x (M, K), weight (N, K), bias (N,), residual (M, N), rounded once.
+    "linear_forward": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
+    "linear_backward": (
+        "(Tensor dy, Tensor x, Tensor weight, bool x_grad, bool weight_grad, bool bias_grad)"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
     # x (M, K); w_in, w_gate (F, K); w_out (O, F). hidden = dropout(act(pre)), or dropout(act(gate) * pre) with a gate.
     # pre, gate (M, F) are (0,) unless save_pre. activation indexes fastattn.reference.ffn.ACTIVATIONS.
     "ffn_forward": (
@@ -123,6 +129,18 @@ def _fake_norm_backward(  # type: ignore[no-untyped-def]
     )
 
 
+def _fake_linear_forward(x, weight, bias, residual):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_linear_backward(dy, x, weight, x_grad, weight_grad, bias_grad):  # type: ignore[no-untyped-def]
+    return (
+        x.new_empty(x.shape) if x_grad else _none(x),
+        weight.new_empty(weight.shape) if weight_grad else _none(x),
+        x.new_empty(weight.shape[0]) if bias_grad else _none(x),
+    )
+
+
 def _fake_ffn_forward(x, w_in, b_in, w_gate, b_gate, w_out, b_out, *rest):  # type: ignore[no-untyped-def]
     hidden = (x.shape[0], w_in.shape[0])
     save_pre = rest[-1]
@@ -156,6 +174,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "attention_backward": _fake_attention_backward,
     "norm_forward": _fake_norm_forward,
     "norm_backward": _fake_norm_backward,
+    "linear_forward": _fake_linear_forward,
+    "linear_backward": _fake_linear_backward,
     "ffn_forward": _fake_ffn_forward,
     "ffn_backward": _fake_ffn_backward,
     "rope": _fake_rope,

@@ -2,7 +2,8 @@
 
 from fastattn.reference.attention import attention
 from fastattn.reference.ffn import ffn, glu_ffn
+from fastattn.reference.linear import linear
 from fastattn.reference.norm import layer_norm, rms_norm
 from fastattn.reference.rope import rope
 
-__all__ = ["attention", "ffn", "glu_ffn", "layer_norm", "rms_norm", "rope"]
+__all__ = ["attention", "ffn", "glu_ffn", "layer_norm", "linear", "rms_norm", "rope"]

@@ -82,6 +82,10 @@ def _glu_ffn(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     return fastattn.glu_ffn(x, w_gate, w_up, w_down, implementation="cpu")
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return fastattn.linear(x, weight, bias, residual=residual, implementation="cpu")
+
+
 def _rope(x: Tensor) -> Tensor:
     angles = torch.linspace(0, 3, 10, dtype=x.dtype).view(5, 2)
     return fastattn.rope(x, angles.cos(), angles.sin(), implementation="cpu")
@@ -95,6 +99,7 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "residual_norm": (_residual_norm, ((3, 6), (3, 6))),
     "ffn": (_ffn, ((3, 4), (7, 4), (5, 7), (7,), (5,))),
     "glu_ffn": (_glu_ffn, ((3, 4), (7, 4), (7, 4), (5, 7))),
+    "linear": (_linear, ((3, 4), (5, 4), (5,), (3, 5))),
     "rope": (_rope, ((1, 2, 5, 6),)),
 }
 
@@ -208,6 +213,7 @@ def test_autocast() -> None:
         assert fastattn.attention(q, q, q).dtype == torch.bfloat16
         assert fastattn.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
         assert fastattn.ffn(q, w, w).dtype == torch.bfloat16
+        assert fastattn.linear(q, w, residual=q).dtype == torch.bfloat16
 
 
 def _samples() -> dict[str, tuple[object, ...]]:
@@ -228,6 +234,8 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "norm_backward": (torch.randn_like(y), torch.randn_like(h), h, w, mean, rstd, False, 0.1, RNG, True, True),
         "ffn_forward": (x, w_in, b_in, w_gate, b_in.clone(), w_out, b_out, 1, 0.1, RNG, True),
         "ffn_backward": (torch.randn_like(o), x, w_in, w_gate, w_out, pre, gate, 1, 0.1, RNG, True, True, True),
+        "linear_forward": (x, w_in, b_in, torch.randn(5, 9)),
+        "linear_backward": (torch.randn(5, 9), x, w_in, True, True, True),
         "rope": (torch.randn(2, 3, 5, 8), torch.randn(1, 5, 3), torch.randn(1, 5, 3), False, True),
     }
 

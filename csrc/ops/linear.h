@@ -1,0 +1,31 @@
+// Products with a weight in nn.Linear's layout: blocking, packing and threads, for `linear` and `ffn` alike.
+#pragma once
+
+#include "cpu/kernel_table.h"
+#include "ops/tensor.h"
+
+namespace fastattn {
+
+// Rows of a work item: what L2 holds of A and of the sums (gemm-inl.h). Fixed, since column sums are per such block.
+constexpr int64_t kRowBlock = 128;
+
+inline int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+LinearParams make_linear(DType dtype, int64_t M, int64_t N, int64_t K, Epilogue epilogue);
+
+// The second of two products, if `b` is there.
+void add_product(LinearParams* p, const void* a, const void* b, bool apart);
+
+// Bytes of scratch that the product needs, and the same scratch filled with packed operands.
+size_t packed_bytes(const KernelTable& table, const LinearParams& p);
+void pack(const KernelTable& table, LinearParams* p, void* buffer);
+
+void multiply(const KernelTable& table, LinearParams* p);
+
+// sums[n] = sum over m of x (M, N), contiguous.
+void column_sums(const KernelTable& table, DType from, DType to, int64_t M, int64_t N, const void* x, void* sums);
+
+void check_matrix(const Tensor& x, ScalarType type, const char* what);
+void check_bias(const OptionalTensor& bias, int64_t n, ScalarType type, const char* op);
+
+}  // namespace fastattn

@@ -1,0 +1,143 @@
+"""The linear map of a Transformer's projections, with the residual add in its epilogue: validation, autograd and the ladder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _validate
+from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
+from fastattn.ops._select import choose
+from fastattn.reference.linear import linear as reference_linear
+
+__all__ = ["linear"]
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor]:
+    return (reference_linear(x, weight, bias, residual=residual),)
+
+
+class _Linear(torch.autograd.Function):
+    """(x, weight, bias, residual) -> y."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Any) -> Tensor:
+        return torch.ops.fastattn.linear_forward(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, residual = inputs
+        ctx.save_for_backward(x, weight)
+        if forward_mode():
+            ctx.save_for_forward(x, weight, bias, residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gradient = _LinearGradient.apply if differentiable else _LinearGradient.forward
+        grads = gradient(dy, x, weight, *needs[:3]) if any(needs[:3]) else (None, None, None)
+        return (*[g if need else None for g, need in zip(grads, needs, strict=False)], dy if needs[3] else None)
+
+
+class _LinearDual(_Linear):
+    """With a tangent rule: a class of its own, since torch.compile takes no Function that has one."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (dy,) = pushforward(_formula, 1, ctx.saved_tensors, tangents)
+        return dy
+
+
+class _LinearGradient(torch.autograd.Function):
+    """The backward operator, itself differentiable once more through the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        dy, *rest = args
+        return torch.ops.fastattn.linear_backward(dy.contiguous(), *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.wanted = inputs[3:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        dy, x, weight = ctx.saved_tensors
+        bias = dy.new_zeros(dy.shape[1]) if ctx.wanted[2] else None
+        inputs, wanted = (x, weight, bias, None), (*ctx.wanted, False)
+        onto_inputs, onto_cotangents = pullback_of_gradient(_formula, inputs, wanted, (dy,), (*upstream, None))
+        return (*onto_cotangents, *onto_inputs[:2], None, None, None)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """The linear map ``x weightᵀ + bias + residual``.
+
+    Positional arguments as ``torch.nn.functional.linear``. Sums, bias and residual are added in float32 (float64 for float64)
+    and rounded once.
+
+    Args:
+        x: (..., K), float64/32/16 or bfloat16; everything below has its dtype and device.
+        weight: (N, K), bias: (N,).
+        residual: (..., N), x's leading dimensions.
+        implementation: auto | cpu | reference.
+
+    Returns:
+        (..., N) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument; NotImplementedError: the named implementation does not take the call.
+    """
+    _validate.tensor("x", x)
+    tensors = _validate.autocast(x.device.type, x, weight, bias, residual)
+    x, weight, bias, residual = _check(*tensors)
+    chosen = choose("linear", implementation, x.device, {"cpu": lambda: None})
+    if chosen == "reference":
+        return reference_linear(x, weight, bias, residual=residual)
+    shape, outputs = x.shape[:-1], weight.shape[0]
+    flat, flat_residual = x, residual
+    if x.dim() != 2:
+        rows = math.prod(shape)
+        flat = x.reshape(rows, x.shape[-1])
+        flat_residual = None if residual is None else residual.reshape(rows, outputs)
+    dense = [t if t is None else t.contiguous() for t in (flat, weight, bias, flat_residual)]
+    if wants_gradient(*dense):
+        y = (_LinearDual if forward_mode() else _Linear).apply(*dense)
+    else:
+        y = torch.ops.fastattn.linear_forward(*dense)
+    return y if x.dim() == 2 else y.reshape(*shape, outputs)
+
+
+def _check(
+    x: Tensor | None, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    x = _validate.tensor("x", x)
+    _validate.floating("x", x)
+    if x.dim() < 1:
+        raise ValueError("x: expected at least 1 dimension, got a scalar")
+    weight = _validate.tensor("weight", weight, 2)
+    outputs = weight.shape[0]
+    _validate.shape("weight", weight, (outputs, x.shape[-1]))
+    _validate.like("weight", weight, "x", x)
+    for name, parameter, expected in (("bias", bias, (outputs,)), ("residual", residual, (*x.shape[:-1], outputs))):
+        if parameter is not None:
+            _validate.shape(name, _validate.tensor(name, parameter), expected)
+            _validate.like(name, parameter, "x", x)
+    return x, weight, bias, residual
