@@ -1,13 +1,15 @@
-"""The bars of attention on a CPU: how many times torch's speed, which share of the machine, at most torch's error.
+"""The bars on a CPU: how many times torch's speed, which share of the machine, at most torch's error and a part of its memory.
 
-The ratios hold on 2 threads everywhere. A share of the matrix unit is a bar where that unit is AMX; elsewhere it is
-shown and not judged. Errors are the relative Frobenius norm against float64, ours at most torch's own; what one rounding
-more or less makes of two equally accurate results is ERROR_NOISE. The largest error of a single element is judged by the
-rule of ``check``, before anything is timed.
+The ratios hold on 2 threads everywhere, against the fastest of torch's ways (eager, torch.compile; for attention SDPA, for the
+language model transformers). A share of the matrix unit is a bar where that unit is AMX; elsewhere it is shown and not judged.
+Errors are the relative Frobenius norm against float64, ours at most torch's own; what one rounding more or less makes of two
+equally accurate results is ERROR_NOISE. The largest error of a single element is judged by the rule of ``check``, before
+anything is timed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,24 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.cli import check, limited
 from fastattn.cli.cases import Case
+from fastattn.cli.peers import peer_names
 from fastattn.cli.table import print_table
 
 if TYPE_CHECKING:
-    from fastattn.cli.bench import Row
+    from fastattn.cli.rows import Row
 
 DTYPES = ("bfloat16", "float32", "float16")
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward", "forward+backward")
 THREADS = 2
 #: Seconds per row, all contenders together: long enough for several calls of each but torch's slowest.
 SECONDS = 3.0
 ERROR_NOISE = 1.05
-#: A bar for each of DIRECTIONS, or for the forward pass alone.
-Bars = tuple[float, ...]
+#: A bar for each direction of a line, None where there is none.
+Bars = tuple[float | None, ...]
+APART = ("forward", "backward")
+TOGETHER = ("forward", "forward+backward")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: ratio bars per dtype; roofline bars in percent; the instruction set both are limited to, or ""."""
+    """One line of the table, with a bar for each of ``directions`` or for the first alone.
+
+    ``bfloat16``, ``float32`` and ``float16`` are bars of the ratio; ``roofline`` has those of the share in percent;
+    ``memory`` is the part of the peer's memory that ours may take; ``isa`` the instruction set both are limited to, or "".
+    """
 
     case: Case
     bfloat16: Bars
@@ -40,21 +49,32 @@ class Line:
     float16: Bars
     roofline: Mapping[str, Bars] = field(default_factory=dict)
     isa: str = ""
+    passes: tuple[str, ...] = APART
+    memory: float | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:
-        return DIRECTIONS[: len(self.bfloat16)]
+        return self.passes[: len(self.bfloat16)]
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Torch's ways, of which the fastest counts."""
+        return ("sdpa",) if self.case.op == "attention" else peer_names(self.case.op)
 
     def bar(self, dtype: str, direction: str) -> dict[str, Any]:
-        """The fields ``bar`` and ``roofline_bar`` of a row."""
-        index = DIRECTIONS.index(direction)
+        """The fields ``bar``, ``roofline_bar`` and ``memory_bar`` of a row."""
+        index = self.directions.index(direction)
         ratios: Bars = getattr(self, dtype)
         shares = self.roofline.get(dtype)
-        return {"bar": ratios[index], "roofline_bar": shares[index] if shares else None}
+        return {
+            "bar": ratios[index],
+            "roofline_bar": shares[index] if shares else None,
+            "memory_bar": self.memory,
+        }
 
     @property
     def text(self) -> str:
-        return name(self.case.shape, self.case.label, limited.text(self.isa))
+        return name(self.case.op, self.case.shape, self.case.label, limited.text(self.isa))
 
 
 def _call(*shape: int, **options: object) -> Case:
@@ -64,7 +84,7 @@ def _call(*shape: int, **options: object) -> Case:
 _BERT = (1, 12, 1024, 64)
 #: Of the memory's read bandwidth: one read of K and V is what a decoding step must do.
 _DECODE = dict.fromkeys(DTYPES, (85.0,))
-LINES = (
+ATTENTION = (
     Line(_call(*_BERT), (3.2, 4.5), (2.3, 2.3), (4.5, 5), {"bfloat16": (32, 25), "float32": (125, 125)}),
     Line(_call(*_BERT, causal=True), (4, 5), (3, 3), (5, 6)),
     Line(_call(*_BERT, mask="padding"), (4, 5), (3, 3), (5, 6)),
@@ -84,15 +104,77 @@ LINES = (
     Line(_call(*_BERT), (1.0, 6), (1.05, 1.1), (1.0, 12), isa="avx2"),
 )
 
+_LAYER_NORM = Case("layer_norm", (8192, 768), {"weight": True, "bias": True})
+_RMS_NORM = Case("rms_norm", (8192, 768), {"weight": True})
+NORM = (
+    Line(_LAYER_NORM, (2.5, 3.5), (1.15, 1.5), (2, 2), {"bfloat16": (80, None)}),
+    Line(_RMS_NORM, (1.8, 2.5), (1.3, 2.0), (2, 2)),
+    Line(
+        Case("layer_norm", (8192, 768), {"weight": True, "bias": True, "residual": True, "dropout_p": 0.1}),
+        (3,), (2,), (2,), passes=TOGETHER[1:],
+    ),
+    Line(Case("layer_norm", (1, 4096), {"weight": True, "bias": True}), (3,), (2,), (2,)),
+    Line(Case("rms_norm", (1, 4096), {"weight": True}), (3,), (2,), (2,)),
+    *(
+        Line(case, (1, 1), (1, 1), (2, 2), isa=isa)
+        for isa in limited.ENVIRONMENT
+        for case in (_LAYER_NORM, _RMS_NORM)
+    ),
+)  # fmt: skip
 
-def name(shape: Sequence[int], label: str, limits: str) -> str:
-    """What a line is called, and found by with ``--only``: ``1x12x1024x64 causal``, ``1x12x1024x64 FASTATTN_ISA=avx2``."""
-    return " ".join(filter(None, ["x".join(map(str, shape)), label, limits.partition(" ")[0]]))
+_FFN = Case("ffn", (2048, 768, 3072), {"activation": "gelu", "bias": True})
+FFN = (
+    Line(_FFN, (1.9, 2.4), (2.2, 2.2), (2, 2), passes=TOGETHER),
+    Line(
+        Case("glu_ffn", (2048, 1024, 2816), {"activation": "swiglu"}), (2.0, 2.4), (2.2, 2.2), (2, 2), passes=TOGETHER
+    ),
+    Line(Case("ffn", (1, 768, 3072), {"activation": "gelu", "bias": True}), (1.8,), (1.15,), (2,)),
+    Line(Case("glu_ffn", (1, 1024, 2816), {"activation": "swiglu"}), (1.8,), (1.15,), (2,)),
+    *(Line(_FFN, (1, 6), (1, 1), (2, 6), isa=isa) for isa in limited.ENVIRONMENT),
+)
+
+_SHORT, _LONG = (16, 128, 768, 12, 3072), (8, 384, 768, 12, 3072)
+_DROPOUT = {"dropout_p": 0.1}
+#: In evaluation forward, in training (with dropout) forward and backward.
+LAYER = (
+    Line(Case("encoder_layer", _SHORT), (2,), (1.8,), (2,)),
+    Line(Case("encoder_layer", _SHORT, _DROPOUT), (5,), (2.5,), (2,), passes=TOGETHER[1:]),
+    Line(Case("encoder_layer", _LONG), (2,), (1.8,), (2,)),
+    Line(Case("encoder_layer", _LONG, _DROPOUT), (8,), (3.5,), (2,), passes=TOGETHER[1:]),
+    *(Line(Case("encoder_layer", _SHORT), (1,), (1,), (2,), isa=isa) for isa in limited.ENVIRONMENT),
+)
+
+MODEL = (
+    Line(Case("causal_lm", (1, 1024)), (2.5,), (2,), (2,)),
+    Line(Case("causal_lm", (1, 512), {"decode": True}), (2,), (1.3,), (2,)),
+)
+
+#: What ``bench`` calls them.
+LINES = {"attention": ATTENTION, "norm": NORM, "ffn": FFN, "layer": LAYER, "model": MODEL}
 
 
-def chosen(isa: str, only: str, dtypes: Sequence[str]) -> Iterator[tuple[Line, str]]:
+def name(op: str, shape: Sequence[int], label: str, limits: str) -> str:
+    """What a line is called, and found by with ``--only``: ``layer_norm 8192x768``, ``ffn 2048x768x3072 gelu FASTATTN_ISA=avx2``.
+
+    Attention, whose lines are the most, goes without its name: ``1x12x1024x64 causal``.
+    """
+    words = ", ".join(word for word in label.split(", ") if op == "attention" or word not in ("weight", "bias"))
+    kind = "" if op == "attention" else op
+    return " ".join(filter(None, [kind, "x".join(map(str, shape)), words, limits.partition(" ")[0]]))
+
+
+def row_name(row: Row) -> str:
+    return name(row.op, row.shape, row.case, row.limits)
+
+
+def group_of(row: Row) -> str:
+    """The group of LINES that the row's operation is in."""
+    return next(group for group, lines in LINES.items() if any(line.case.op == row.op for line in lines))
+
+
+def chosen(groups: Sequence[str], isa: str, only: str, dtypes: Sequence[str]) -> Iterator[tuple[Line, str]]:
     """(line, dtype) of one process, limited to ``isa`` or not (""), whose name has ``only`` in it."""
-    for line in LINES:
+    for line in itertools.chain.from_iterable(LINES[group] for group in groups):
         if line.isa == isa and only in line.text:
             yield from ((line, dtype) for dtype in DTYPES if dtype in dtypes)
 
@@ -117,13 +199,15 @@ def missed(row: Row) -> list[str]:
     """What the row fails, in words; nothing for a row without a bar."""
     if row.verdict != check.OK:
         return [f"{row.verdict}: {row.note}"]
-    if row.bar is None or row.ratio is None:
+    if row.ratio is None or row.bar is row.roofline_bar is row.memory_bar is None:
         return []
     found = []
-    if row.ratio < row.bar:
+    if row.bar is not None and row.ratio < row.bar:
         found.append(f"ratio {row.ratio:.2f} < {row.bar:g}")
     if judged(row) and (row.roofline_percent or 0) < (row.roofline_bar or 0):
         found.append(f"{row.roofline_percent:.0f}% of the roof < {row.roofline_bar:g}%")
+    if row.memory_bar is not None and (row.memory or 0) > row.memory_bar * (row.peer_memory or 0):
+        found.append(f"{memory(row)} of the peer's memory > {row.memory_bar:g}")
     result, ratio = error_ratio(row)
     if not ratio <= ERROR_NOISE:
         found.append(f"error of {result} {ratio:.2f} x torch's")
@@ -149,24 +233,36 @@ def cell(row: Row) -> str:
     return f"{row.ratio:.2f} {'≥' if row.ratio >= row.bar else '<'} {row.bar:g}"
 
 
+def memory(row: Row) -> str:
+    """Our part of the peer's memory: ``0.07``; "" where it was not measured."""
+    return "" if row.memory is None or not row.peer_memory else f"{row.memory / row.peer_memory:.2f}"
+
+
 def render(rows: Sequence[Row]) -> None:
-    """Print the table: a line per call, our ratio to torch against its bar per dtype and direction; then what was missed."""
+    """Print a table per group, a line per call: our ratio to torch and its bar by dtype and direction; then what was missed."""
+    for group in LINES:
+        mine = [row for row in rows if group_of(row) == group]
+        if mine:
+            _render_group(group, mine)
+    for limits in dict.fromkeys(row.limits for row in rows if row.limits):
+        print(f"{limits.partition(' ')[0]}: a process with {limits}")
+    for row in rows:
+        for reason in missed(row):
+            print(f"missed: {row_name(row)} {row.dtype} {row.direction}: {reason}")
+    unjudged = sum(row.roofline_bar is not None and not judged(row) for row in rows)
+    if unjudged:
+        print(f"needs AMX: {unjudged} bars on the share of the matrix unit's peak, not judged on this machine")
+
+
+def _render_group(group: str, rows: Sequence[Row]) -> None:
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for row in rows:
-        cells.setdefault(name(row.shape, row.case, row.limits), {})[row.dtype, row.direction] = cell(row)
+        cells.setdefault(row_name(row), {})[row.dtype, row.direction] = cell(row)
     columns = [(dtype, direction) for dtype in DTYPES for direction in DIRECTIONS]
     columns = [column for column in columns if any(column in line for line in cells.values())]
     lines = [(text, *(line.get(column, "") for column in columns)) for text, line in cells.items()]
     styles = ["red" if any("<" in cell or cell == check.FAILED for cell in line) else "green" for line in lines]
     heads = [f"{dtype} {direction}" for dtype, direction in columns]
     title = "their time / fastattn's, and its bar"
-    print_table(("case (B, H, N, D)", *heads), lines, styles=styles, title=title)
-    for limits in dict.fromkeys(row.limits for row in rows if row.limits):
-        print(f"{limits.partition(' ')[0]}: a process with {limits}")
-    for row in rows:
-        for reason in missed(row):
-            text = name(row.shape, row.case, row.limits)
-            print(f"missed: {text} {row.dtype} {row.direction}: {reason}")
-    unjudged = sum(row.roofline_bar is not None and not judged(row) for row in rows)
-    if unjudged:
-        print(f"needs AMX: {unjudged} bars on the share of the matrix unit's peak, not judged on this machine")
+    first = "case (B, H, N, D)" if group == "attention" else group
+    print_table((first, *heads), lines, styles=styles, title=title)

@@ -13,77 +13,29 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastattn.cli import bars, cases, check, limited, machine, scaling, sweep
+from fastattn.cli import bars, cases, check, limited, machine, modules, scaling, sweep
 from fastattn.cli.bars import Line
 from fastattn.cli.cases import Case, work
 from fastattn.cli.measure import MatrixPeak, ReadPeak, Timing, interleave
-from fastattn.cli.peers import PEERS, peers
+from fastattn.cli.peers import PEERS, compile_helps, peer_names, peers
+from fastattn.cli.plain import plain_outputs, torch_product
 from fastattn.cli.plot import plot as plot
 from fastattn.cli.plot import plot_scaling
-from fastattn.cli.table import Progress, print_table
+from fastattn.cli.rows import Row, below, render, save
+from fastattn.cli.table import Progress
 
 DIRECTIONS = ("forward", "forward+backward")
-SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 COPY = "copy"
 OURS = "fastattn"
 ROW_SECONDS = 1.5
 #: A peer whose forward call takes this many budgets (float16 products on a CPU do) is not run backward.
 HOPELESS = 5
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement. Times are seconds per call, ``rate`` is ours in ``unit``, ``roofline`` is the limit in the same unit.
-
-    ``load`` is the machine's load average before the session began: above its cores, others were competing.
-    A row with a bar (fastattn/cli/bars.py) has in ``bar`` what ``ratio`` must reach, in ``roofline_bar`` what
-    ``roofline_percent`` must (None: no bar), and in ``errors`` for each of its results the relative Frobenius error against
-    float64 and the largest error, ours and the peer's. ``limits`` are the variables that limit ours and torch.
-    ``verdict`` is "ok"; or "FAILED" (the check of this very shape did) or "unavailable", and then there are no figures
-    and ``note`` says why.
-    """
-
-    op: str
-    case: str
-    shape: tuple[int, ...]
-    dtype: str
-    direction: str
-    implementation: str
-    isa: str
-    peer: str
-    verdict: str
-    ratio: float | None = None
-    median: float | None = None
-    p20: float | None = None
-    p80: float | None = None
-    samples: int | None = None
-    peer_median: float | None = None
-    peer_p20: float | None = None
-    peer_p80: float | None = None
-    peer_samples: int | None = None
-    rate: float | None = None
-    unit: str = ""
-    roofline: float | None = None
-    roofline_percent: float | None = None
-    bar: float | None = None
-    roofline_bar: float | None = None
-    errors: dict[str, dict[str, float]] | None = None
-    limits: str = ""
-    memory: int | None = None
-    peer_memory: int | None = None
-    device: str = ""
-    threads: int = 0
-    load: float = 0.0
-    torch: str = ""
-    commit: str | None = None
-    date: str = ""
-    note: str = ""
 
 
 def default_cases(op: str) -> list[Case]:
@@ -140,65 +92,79 @@ class Bench:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def rows(
-        self, case: Case, dtype_name: str, directions: Sequence[str] = DIRECTIONS, line: Line | None = None
-    ) -> Iterator[Row]:
-        """Every direction against every peer, or rows that say why there are no figures; with the bars of ``line``."""
-        dtype = cases.DTYPES[dtype_name]
-        oracle = check.Oracle(case, dtype, self.device, gradients=len(directions) > 1)
-        implementation, isa, reason = check.running(case, oracle.tensors, self.implementation)
-        start: dict[str, Any] = {"op": case.op, "case": case.label, "shape": case.shape, "dtype": dtype_name}
-        start |= {"implementation": implementation, "isa": isa}
-        verdict, note = (check.UNAVAILABLE, reason) if reason else gate(oracle, self.implementation)
-        if verdict != check.OK:
-            for direction in directions if line else ("",):
-                bar = line.bar(dtype_name, direction) if line else {}
-                yield Row(**start, direction=direction, peer="", verdict=verdict, note=note, **bar, **self.facts)
+    def rows(self, case: Case, dtype_name: str, directions: Sequence[str] = DIRECTIONS) -> Iterator[Row]:
+        """Every direction against every peer, or rows that say why there are no figures."""
+        start, oracle, unavailable = self._start(case, dtype_name, directions)
+        if unavailable:
+            yield Row(**start, direction="", peer="", **unavailable, **self.facts)
             return
-        errors = compared(oracle, self.implementation) if line else {}
         wanted = list(self.wanted)
         for direction in directions:
             timings = self._times(case, oracle, direction, wanted)
             ours = timings.pop(OURS)
             figures = self._figures(case, oracle, direction, ours, timings.pop(COPY, None))
-            if line:
-                figures |= line.bar(dtype_name, direction)
-                figures["errors"] = {
-                    result: error
-                    for result, error in errors.items()
-                    if result.startswith("grad") == (direction == "backward")
-                }
             for peer, theirs in timings.items():
-                row = {**start, "direction": direction, "peer": peer}
-                yield Row(
-                    **row,
-                    verdict=check.OK,
-                    ratio=theirs.median / ours.median,
-                    **_named(ours, ""),
-                    **_named(theirs, "peer_"),
-                    **figures,
-                    **self.facts,
-                )
-                if not line and direction != directions[-1] and theirs.median > HOPELESS * self.budget:
+                row = {**start, "direction": direction, "peer": peer, **self.facts}
+                yield Row(**row, verdict=check.OK, **_timed(ours, theirs), **figures)
+                if direction != directions[-1] and theirs.median > HOPELESS * self.budget:
                     wanted.remove(peer.partition(":")[0])
                     note = f"not timed against {peer}, whose forward pass alone took {theirs.median:.1f} s"
-                    yield Row(**{**row, "direction": directions[1]}, verdict=check.UNAVAILABLE, note=note, **self.facts)
+                    yield Row(**{**row, "direction": directions[1]}, verdict=check.UNAVAILABLE, note=note)
+
+    def line(self, line: Line, dtype_name: str) -> Iterator[Row]:
+        """A row per direction of ``line``, against the fastest of its peers and with its bars."""
+        case = line.case
+        start, oracle, unavailable = self._start(case, dtype_name, line.directions)
+        wanted = [
+            peer for peer in line.peers if peer != "compile" or compile_helps(oracle.tensors, case, line.directions)
+        ]
+        if not unavailable:
+            try:
+                errors = compared(oracle, self.implementation)
+            except ImportError as error:
+                unavailable = {"verdict": check.UNAVAILABLE, "note": str(error)}
+        for direction in line.directions:
+            row = {**start, "direction": direction, **line.bar(dtype_name, direction), **self.facts}
+            if unavailable:
+                yield Row(**row, peer="", **unavailable)
+                continue
+            timings = self._times(case, oracle, direction, wanted)
+            ours = timings.pop(OURS)
+            figures = self._figures(case, oracle, direction, ours, timings.pop(COPY, None))
+            figures["errors"] = {result: error for result, error in errors.items() if _belongs(result, direction)}
+            if line.memory is not None:
+                figures |= self._memory(case, oracle, direction, min(timings, key=lambda peer: timings[peer].median))
+            peer = min(timings, key=lambda name: timings[name].median)
+            yield Row(**row, peer=peer, verdict=check.OK, **_timed(ours, timings[peer]), **figures)
+
+    def _start(
+        self, case: Case, dtype_name: str, directions: Sequence[str]
+    ) -> tuple[dict[str, Any], check.Oracle, dict[str, Any]]:
+        """(the fields that name the case, its oracle, why there are no figures as fields)."""
+        gradients = any("backward" in direction for direction in directions)
+        oracle = check.Oracle(modules.checked(case), cases.DTYPES[dtype_name], self.device, gradients=gradients)
+        implementation, isa, reason = check.running(case, oracle.tensors, self.implementation)
+        start: dict[str, Any] = {"op": case.op, "case": case.label, "shape": case.shape, "dtype": dtype_name}
+        start |= {"implementation": implementation, "isa": isa}
+        verdict, note = (check.UNAVAILABLE, reason) if reason else gate(oracle, self.implementation)
+        return start, oracle, {} if verdict == check.OK else {"verdict": verdict, "note": note}
 
     def _times(self, case: Case, oracle: check.Oracle, direction: str, wanted: Sequence[str]) -> dict[str, Timing]:
         calls = contenders(case, oracle, self.implementation, wanted, direction)
-        if "x" in oracle.tensors and work(case, oracle.tensors["x"].dtype, direction)[1] == "GB/s":
+        if cases.roof(case, direction) == "copy":
             x = oracle.tensors["x"].detach()
             target = torch.empty_like(x)
             calls[COPY] = lambda: target.copy_(x)
-        if "compile" in calls:
-            calls["compile"]()  # compilation must not count as the first run
-        return interleave(calls, self.budget, self.device)
+        with torch.set_grad_enabled(direction != "forward"):
+            if "compile" in calls:
+                calls["compile"]()  # compilation must not count as the first run
+            return interleave(calls, self.budget, self.device)
 
     def _figures(
         self, case: Case, oracle: check.Oracle, direction: str, ours: Timing, copy: Timing | None
     ) -> dict[str, Any]:
         """Our rate and its limit, in the same unit."""
-        first = oracle.tensors["q" if "attention" in case.op else "x"]
+        first = cases.leading(oracle.tensors)
         amount, unit = work(case, first.dtype, direction)
         if copy:
             # Bytes that one copy of x reads and writes: the limit of the cache level that this row's own tensors live in.
@@ -208,19 +174,20 @@ class Bench:
         rate = amount / ours.median / 1e9
         return {"rate": rate, "unit": unit, "roofline": roofline, "roofline_percent": 100 * rate / roofline}
 
+    def _memory(self, case: Case, oracle: check.Oracle, direction: str, peer: str) -> dict[str, int]:
+        """By how much one call raises the process's memory at its highest, ours and the peer's."""
+        calls = contenders(case, oracle, self.implementation, [peer.partition(":")[0]], direction)
+        with torch.set_grad_enabled(direction != "forward"):
+            for call in calls.values():
+                call()  # threads, libraries and compiled code are there from here on
+            return {"memory": scaling.peak_growth(calls[OURS]), "peer_memory": scaling.peak_growth(calls[peer])}
+
 
 def compared(oracle: check.Oracle, implementation: str) -> dict[str, dict[str, float]]:
-    """By result: the relative Frobenius and the largest error against float64, fastattn's and SDPA's."""
+    """By result: the relative Frobenius and the largest error against float64, fastattn's and torch's own."""
     case, t = oracle.case, oracle.tensors
-    ours = oracle.results(cases.ours(case, t, implementation))
-    if case.options.get("dropout_p"):
-        # SDPA draws a mask of its own. What it then runs is plain PyTorch in float32, rounded at the end.
-        wide = {name: x.detach().float().requires_grad_() if x.requires_grad else x for name, x in t.items()}
-        found = check.evaluate(cases.plain(case, wide), wide, oracle.cotangents)
-        theirs = {name: result.to(ours[name].dtype) for name, result in found.items()}
-    else:
-        (call,) = peers(case, t, ["sdpa"]).values()
-        theirs = oracle.results(call())
+    ours = oracle.results(cases.prepare(case, t, implementation)())
+    theirs = _torchs(oracle)
     return {
         name: {
             "relative": check.relative(ours[name], exact),
@@ -230,6 +197,26 @@ def compared(oracle: check.Oracle, implementation: str) -> dict[str, dict[str, f
         }
         for name, exact in oracle.exact.items()
     }
+
+
+def _torchs(oracle: check.Oracle) -> cases.Outputs:
+    """The results of torch's own way, with our dropout mask where there is one: torch draws its own."""
+    case, t = oracle.case, oracle.tensors
+    if not case.options.get("dropout_p"):
+        own = next(peer for peer in peer_names(case.op) if peer != "compile")
+        (call,) = peers(case, t, [own]).values()
+        return oracle.results(call())
+    if "attention" not in case.op:
+        return oracle.results(plain_outputs(case, t, torch_product))
+    # What SDPA then runs is plain PyTorch in float32, rounded at the end.
+    wide = {name: x.detach().float().requires_grad_() if x.requires_grad else x for name, x in t.items()}
+    found = check.evaluate(plain_outputs(case, wide), wide, oracle.cotangents)
+    return {name: result.to(oracle.plain[name].dtype) for name, result in found.items()}
+
+
+def _belongs(result: str, direction: str) -> bool:
+    """Whether ``direction`` computes ``result``: gradients are called "grad x", outputs otherwise."""
+    return direction == "forward+backward" or result.startswith("grad") == (direction == "backward")
 
 
 def gate(oracle: check.Oracle, implementation: str) -> tuple[str, str]:
@@ -246,24 +233,27 @@ def gate(oracle: check.Oracle, implementation: str) -> tuple[str, str]:
 def contenders(
     case: Case, oracle: check.Oracle, implementation: str, wanted: Sequence[str], direction: str
 ) -> dict[str, Callable[[], object]]:
-    """What is timed, ready to call, by name: fastattn first, then the peers among ``wanted`` that exist for the case."""
+    """What is timed, ready to call, by name: fastattn first, then the peers among ``wanted`` that exist for the case.
+
+    To be called with gradients off for ``forward``, else on.
+    """
     t = oracle.tensors
-    calls: dict[str, Callable[[], cases.Outputs]] = {OURS: lambda: cases.ours(case, t, implementation)}
-    calls |= peers(case, t, wanted)
-    wrap = {"forward": _forward, "backward": _backward, "forward+backward": _both}[direction]
+    if direction == "forward":
+        t = {name: tensor.detach() for name, tensor in t.items()}
+    calls = {OURS: cases.prepare(case, t, implementation), **peers(case, t, wanted)}
+    if direction == "forward":
+        return {**calls}
+    wrap = {"backward": _backward, "forward+backward": _both}[direction]
     return {name: wrap(call, oracle) for name, call in calls.items()}
+
+
+def _timed(ours: Timing, theirs: Timing) -> dict[str, Any]:
+    """The fields of a row that say how long both took."""
+    return {"ratio": theirs.median / ours.median, **_named(ours, ""), **_named(theirs, "peer_")}
 
 
 def _named(timing: Timing, prefix: str) -> dict[str, Any]:
     return {prefix + name: value for name, value in asdict(timing).items()}
-
-
-def _forward(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
-    def forward() -> object:
-        with torch.no_grad():
-            return call()
-
-    return forward
 
 
 def _backward(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
@@ -313,20 +303,25 @@ def run(
 
 
 def run_bars(
-    dtypes: Sequence[str] = bars.DTYPES, *, isa: str = "", only: str = "", budget: float = bars.SECONDS
+    groups: Sequence[str],
+    dtypes: Sequence[str] = bars.DTYPES,
+    *,
+    isa: str = "",
+    only: str = "",
+    budget: float = bars.SECONDS,
 ) -> list[Row]:
-    """Measure the lines of fastattn/cli/bars.py with ``only`` in their name, on bars.THREADS threads.
+    """Measure the lines of fastattn/cli/bars.py's ``groups`` with ``only`` in their name, on bars.THREADS threads.
 
     ``isa`` is "" for the lines without a limit, or the instruction set that this process is limited to.
     """
     torch.set_num_threads(bars.THREADS)
-    bench = Bench("cpu", ("sdpa",), "auto", budget, limited.text(isa))
-    chosen = list(bars.chosen(isa, only, dtypes))
+    bench = Bench("cpu", (), "auto", budget, limited.text(isa))
+    chosen = list(bars.chosen(groups, isa, only, dtypes))
     rows: list[Row] = []
     with Progress("bars", len(chosen)) as progress:
         for line, dtype in chosen:
             progress.step(f"{line.text} {dtype}")
-            rows += bench.rows(line.case, dtype, line.directions, line)
+            rows += bench.line(line, dtype)
     return rows
 
 
@@ -334,13 +329,16 @@ def run_sweep(dtypes: Sequence[str] = bars.DTYPES, *, only: str = "") -> list[Ro
     """Measure fastattn/cli/sweep.py's calls with ``only`` in their name; what is slower than torch is measured twice."""
     torch.set_num_threads(bars.THREADS)
     chosen = [
-        (case, dtype) for case in sweep.calls() for dtype in dtypes if only in bars.name(case.shape, case.label, "")
+        (case, dtype)
+        for case in sweep.calls()
+        for dtype in dtypes
+        if only in bars.name(case.op, case.shape, case.label, "")
     ]
     bench = Bench("cpu", ("sdpa",), "auto", sweep.SECONDS)
     rows: list[Row] = []
     with Progress("sweep", len(chosen)) as progress:
         for case, dtype in chosen:
-            progress.step(f"{bars.name(case.shape, case.label, '')} {dtype}")
+            progress.step(f"{bars.name(case.op, case.shape, case.label, '')} {dtype}")
             directions = sweep.directions(case, dtype)
             bench.budget = sweep.SECONDS
             found = list(bench.rows(case, dtype, directions))
@@ -375,9 +373,9 @@ def run_scaling(lengths: Sequence[int] = scaling.LENGTHS, budget: float = scalin
                 continue
             ours, theirs = (Timing(**found["timings"][name]) for name in (OURS, scaling.PEER))
             amount, unit = work(case, cases.DTYPES[scaling.DTYPE], "forward")
-            start |= {**_named(ours, ""), **_named(theirs, "peer_"), "rate": amount / ours.median / 1e9, "unit": unit}
+            start |= {"rate": amount / ours.median / 1e9, "unit": unit}
             start |= {"memory": found["memory"][OURS], "peer_memory": found["memory"][scaling.PEER]}
-            rows.append(Row(**start, verdict=check.OK, ratio=theirs.median / ours.median))
+            rows.append(Row(**start, verdict=check.OK, **_timed(ours, theirs)))
     return rows
 
 
@@ -386,78 +384,19 @@ def run_quick() -> list[Row]:
     return run(quick=True, budget=0.2, wanted=("eager", "sdpa"))
 
 
-def _milliseconds(median: float, p20: float, p80: float) -> str:
-    def text(seconds: float) -> str:
-        return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
-
-    return f"{text(median)} [{text(p20)}, {text(p80)}]"
-
-
-def render(rows: Sequence[Row]) -> None:
-    """Print the table: the ratio first, then times, rate and its share of the measured limit; the reasons of FAILED last."""
-    columns = ["op", "shape", "dtype", "pass", "by", "against", "ratio", "ms [p20, p80]", "theirs", "rate", "roof"]
-    with_bars = any(row.bar is not None for row in rows)
-    with_memory = any(row.memory is not None for row in rows)
-    columns += ["error / theirs"] if with_bars else ["memory", "theirs"] if with_memory else []
-    lines, styles = [], []
-    for row in rows:
-        call = (cases.title(row.op, row.case), "x".join(map(str, row.shape)), row.dtype, SHORT.get(row.direction, ""))
-        start = (*call, f"{row.implementation} {row.isa}".strip(), row.peer)
-        if row.verdict != check.OK:
-            lines.append((*start, row.verdict, *[""] * (len(columns) - len(start) - 1)))
-            styles.append("red")
-            continue
-        assert row.ratio is not None and row.rate is not None
-        ours = _milliseconds(row.median or 0, row.p20 or 0, row.p80 or 0)
-        theirs = _milliseconds(row.peer_median or 0, row.peer_p20 or 0, row.peer_p80 or 0)
-        rate = f"{row.rate:.0f} {row.unit}" if row.rate >= 10 else f"{row.rate:.2f} {row.unit}"
-        lines.append((*start, bars.cell(row), ours, theirs, rate, bars.share(row)))
-        if with_bars:
-            result, error = bars.error_ratio(row)
-            lines[-1] += (f"{error:.2f} {result}",)
-        elif with_memory:
-            lines[-1] += tuple(f"{(size or 0) / 2**20:.1f} MiB" for size in (row.memory, row.peer_memory))
-        bar = row.bar or 1
-        styles.append("green" if row.ratio >= bar else "yellow" if row.ratio >= 0.95 * bar else "red")
-    print_table(
-        columns, lines, left=6, styles=styles, title="ratio = their time / fastattn's: above 1, fastattn is faster"
-    )
-    for row in rows:
-        if row.note:
-            shape = "x".join(map(str, row.shape))
-            print(f"{row.verdict}: {cases.title(row.op, row.case)} {shape} {row.dtype}: {row.note}")
-    if rows:
-        machine_text = f"{rows[0].device}, {rows[0].threads} threads, torch {rows[0].torch}"
-        print(f"{machine_text}, commit {rows[0].commit or 'unknown'}")
-        if rows[0].load > machine.cores() + 0.5:
-            print(f"note: load {rows[0].load} on {machine.cores()} cores: others were running, these times mean little")
-
-
-def save(rows: Sequence[Row], path: Path) -> None:
-    """Append the rows to a JSONL file, which is a log: nothing in it is overwritten."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-
-
-def below(rows: Sequence[Row], bar: float) -> list[Row]:
-    """Rows that miss the bar: slower than ``bar`` × the peer, or without figures because their check failed."""
-    return [row for row in rows if row.verdict == check.FAILED or (row.ratio is not None and row.ratio < bar)]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "op",
         nargs="*",
         metavar="OP",
-        help=f"default: all of {', '.join(cases.OPS)}; attention alone: its table of bars",
+        help=f"default: all of {', '.join(cases.OPS)}; of {', '.join(bars.LINES)}: the table of bars",
     )
     parser.add_argument(
         "--dtype", nargs="+", choices=list(cases.DTYPES), help="default: float32 bfloat16; bars: float16 too"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
     parser.add_argument("--implementation", choices=cases.IMPLEMENTATIONS, help="default: auto")
-    parser.add_argument("--peer", nargs="+", choices=list(PEERS), help="default: all; bars: sdpa")
+    parser.add_argument("--peer", nargs="+", choices=list(PEERS), help="default: all")
     parser.add_argument("--shape", help="; ".join(f"{op}: {shape}" for op, shape in cases.SHAPES.items()))
     parser.add_argument("--quick", action="store_true", help="one small shape per op, 0.2 s a row, no torch.compile")
     parser.add_argument(
@@ -481,39 +420,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def wants_bars(args: argparse.Namespace) -> bool:
-    """``bench attention`` on a CPU, with no other cases, peers or bar asked for."""
+    """Groups of bars on a CPU (``bench attention``, ``bench norm ffn``), with no other cases, peers or bar asked for."""
     others = (args.quick, args.shape, args.peer, args.implementation, args.fail_below)
-    return args.op == ["attention"] and cases.parse_device(args.device).type == "cpu" and not any(others)
+    groups = bool(args.op) and set(args.op) <= set(bars.LINES)
+    return groups and cases.parse_device(args.device).type == "cpu" and not any(others)
 
 
 def all_bars(args: argparse.Namespace) -> list[Row]:
     """The rows of the bars asked for: this process's, and those of a process per instruction set to be limited to."""
-    only, budget, dtypes = args.only or "", args.seconds or bars.SECONDS, args.dtype or bars.DTYPES
+    groups, only, budget, dtypes = args.op, args.only or "", args.seconds or bars.SECONDS, args.dtype or bars.DTYPES
     if args.isa and limited.in_force(args.isa):
-        return run_bars(dtypes, isa=args.isa, only=only, budget=budget)
-    rows = [] if args.isa else run_bars(dtypes, only=only, budget=budget)
+        return run_bars(groups, dtypes, isa=args.isa, only=only, budget=budget)
+    rows = [] if args.isa else run_bars(groups, dtypes, only=only, budget=budget)
     for isa in [args.isa] if args.isa else limited.ENVIRONMENT:
-        if not list(bars.chosen(isa, only, dtypes)):
+        if not list(bars.chosen(groups, isa, only, dtypes)):
             continue
         if isa not in check.isas_to_run("all"):
             print(f"not measured: this machine has no {isa}", file=sys.stderr)
             continue
-        found = limited.bench(isa, ["attention", "--dtype", *dtypes, "--only", only, "--seconds", str(budget)])
+        found = limited.bench(isa, [*groups, "--dtype", *dtypes, "--only", only, "--seconds", str(budget)])
         rows += [Row(**{**row, "shape": tuple(row["shape"])}) for row in found]
     if not rows:
-        raise ValueError(f"no line of the bars has {only!r} in its name: {', '.join(line.text for line in bars.LINES)}")
+        names = ", ".join(line.text for group in groups for line in bars.LINES[group])
+        raise ValueError(f"no line of the bars has {only!r} in its name: {names}")
     return rows
 
 
 def main(args: argparse.Namespace) -> int:
-    unknown = [op for op in args.op if op not in cases.OPS]
-    if unknown:
-        raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(cases.OPS)}")
     with_bars = wants_bars(args)
-    if (args.only or args.isa or args.sweep or args.scaling) and not with_bars:
+    unknown = [op for op in args.op if op not in cases.OPS and not with_bars]
+    if unknown:
         raise ValueError(
-            "--only, --isa, --sweep and --scaling are of `bench attention` on a CPU, without other cases or peers"
+            f"no operation {', '.join(unknown)}; there are {', '.join(cases.OPS)}, and on a CPU without other cases or peers "
+            f"the tables of bars {', '.join(bars.LINES)}"
         )
+    if (args.only or args.isa) and not with_bars:
+        raise ValueError(f"--only and --isa are of the bars on a CPU: {', '.join(bars.LINES)}")
+    if (args.sweep or args.scaling) and not (with_bars and args.op == ["attention"]):
+        raise ValueError("--sweep and --scaling are of `bench attention` on a CPU, without other cases or peers")
     if args.scaling:
         rows = run_scaling(budget=args.seconds or scaling.SECONDS)
         missed = below(rows, 0.0)

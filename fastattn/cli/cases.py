@@ -1,24 +1,20 @@
-"""The calls that ``check`` and ``bench`` make: shape and options, random tensors, fastattn's call, the same in plain PyTorch.
+"""The calls that ``check`` and ``bench`` make: shape and options, random tensors, fastattn's call, what it has to compute.
 
-Plain PyTorch means torch's own functions one after the other in the tensors' dtype, with every intermediate result
-rounded to it. The same code on float64 tensors is the exact result, so the oracle shares nothing with fastattn, its
-reference included.
+The same calls in torch's functions are in plain.py, those that are whole modules in modules.py.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.reference.philox import attention_dropout, matrix_dropout
+from fastattn.cli import modules
 
 Outputs = dict[str, Tensor]
 Product = Callable[..., Tensor]
@@ -34,6 +30,8 @@ SHAPES = {
     "rope": "B,H,N,D",
 }
 OPS = tuple(SHAPES)
+#: Work of matrix products by direction, in forward passes: backward makes two products for each of forward's.
+PASSES = {"forward": 1, "backward": 2, "forward+backward": 3}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IMPLEMENTATIONS = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -172,6 +170,8 @@ def reduction_length(case: Case) -> int:
         batch, heads, rows, keys, dim = case.attention_shape
         shared = heads // max(1, case.options.get("nheads_kv", heads))  # heads that add to one key's gradient
         return max(batch * rows * keys if case.options.get("alibi") else 0, batch * rows, rows * shared, keys, dim)
+    if case.op in modules.OPS:
+        return modules.reduction_length(case)
     return 1 if case.op == "rope" else max(case.shape)
 
 
@@ -180,39 +180,57 @@ def work(case: Case, dtype: torch.dtype, direction: str) -> tuple[float, str]:
 
     The count is of the mathematics, not of an implementation: what is recomputed does not count.
     """
-    both = direction == "forward+backward"
     size = dtype.itemsize
+    if case.op in modules.OPS:
+        return modules.work(case, size, direction)
     if "attention" in case.op:
-        batch, heads, rows, keys, dim = case.attention_shape
-        if rows == 1 and direction == "forward":
-            # Decoding reads K and V once for all heads of a group; q and the output are 1/keys of that.
-            return 2 * batch * case.options.get("nheads_kv", heads) * keys * dim * size, "GB/s"
-        if case.options.get("mask") == "padding":
-            keys //= 2
-        pairs = rows * keys
-        if case.options.get("causal"):  # bottom-right: row i sees keys - rows + i + 1 keys
-            pairs = sum(max(0, min(keys, keys - rows + i + 1)) for i in range(rows))
-        elif case.options.get("is_causal"):  # top-left: row i sees i + 1 keys
-            pairs = sum(min(keys, i + 1) for i in range(rows))
-        # Forward q·kᵀ and p·v: 2 products of 2·D per pair. Backward 5 products (p again, dp, dv, dq, dk): ×2.5.
-        passes = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[direction]
-        return 4 * batch * heads * pairs * dim * passes, "GFLOP/s"
+        return _attention_work(case, size, direction)
     if case.op in ("ffn", "glu_ffn"):
         tokens, model, hidden = case.shape
-        products = 2 if case.op == "ffn" else 3
+        elements = (2 if case.op == "ffn" else 3) * model * hidden
+        if (
+            tokens == 1 and direction == "forward"
+        ):  # every weight takes part in one multiplication: reading it is the work
+            return elements * size, "GB/s"
         # Backward: the gradient of each product's input and of its weight, ×2.
-        return products * 2 * tokens * model * hidden * (3 if both else 1), "GFLOP/s"
+        return 2 * tokens * elements * PASSES[direction], "GFLOP/s"
     if case.op == "rope":
         elements = case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
         # Forward reads x and writes out; backward reads dout and writes dx. The angles (N, R/2) are 1/heads of that or
         # less.
-        return (4 if both else 2) * elements * size, "GB/s"
+        return (4 if direction == "forward+backward" else 2) * elements * size, "GB/s"
     rows, columns = case.shape
     # Forward reads x and writes y; backward reads dy and x and writes dx. Weights and statistics are 1/rows or
     # 1/columns of it. A residual is one more input, and its sum with x one more output where the backward pass needs
     # it.
     residual = 1 if case.options.get("residual") else 0
-    return (5 + 2 * residual if both else 2 + residual) * rows * columns * size, "GB/s"
+    moved = {"forward": 2 + residual, "backward": 3, "forward+backward": 5 + 2 * residual}[direction]
+    return moved * rows * columns * size, "GB/s"
+
+
+def _attention_work(case: Case, size: int, direction: str) -> tuple[float, str]:
+    batch, heads, rows, keys, dim = case.attention_shape
+    if rows == 1 and direction == "forward":
+        # Decoding reads K and V once for all heads of a group; q and the output are 1/keys of that.
+        return 2 * batch * case.options.get("nheads_kv", heads) * keys * dim * size, "GB/s"
+    if case.options.get("mask") == "padding":
+        keys //= 2
+    pairs = rows * keys
+    if case.options.get("causal"):  # bottom-right: row i sees keys - rows + i + 1 keys
+        pairs = sum(max(0, min(keys, keys - rows + i + 1)) for i in range(rows))
+    elif case.options.get("is_causal"):  # top-left: row i sees i + 1 keys
+        pairs = sum(min(keys, i + 1) for i in range(rows))
+    # Forward q·kᵀ and p·v: 2 products of 2·D per pair. Backward 5 products (p again, dp, dv, dq, dk): ×2.5.
+    passes = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[direction]
+    return 4 * batch * heads * pairs * dim * passes, "GFLOP/s"
+
+
+def roof(case: Case, direction: str) -> str:
+    """What limits a call: "matrix" (products), "copy" (elementwise, of x's size) or "read" (a vector meets every weight or key)."""
+    _, unit = work(case, torch.float32, direction)
+    if unit == "GFLOP/s":
+        return "matrix"
+    return "copy" if case.op in ("layer_norm", "rms_norm", "rope") else "read"
 
 
 def make_tensors(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
@@ -226,6 +244,8 @@ def make_tensors(case: Case, dtype: torch.dtype, device: torch.device, seed: int
         values = torch.randn(*shape, generator=generator).mul_(scale).add_(shift)
         tensors[name] = values.to(device, as_dtype).requires_grad_()
 
+    if case.op in modules.OPS:
+        return modules.make_tensors(case, dtype, generator)
     options = case.options
     if options.get("dropout_p"):
         tensors["rng_state"] = torch.tensor([seed + 1, 5])
@@ -280,6 +300,11 @@ def make_tensors(case: Case, dtype: torch.dtype, device: torch.device, seed: int
     return tensors
 
 
+def leading(t: dict[str, Tensor]) -> Tensor:
+    """The tensor whose dtype is the call's."""
+    return next(x for x in t.values() if x.is_floating_point())
+
+
 def arguments(case: Case, t: dict[str, Tensor]) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
     """(function, positional, keywords) of fastattn's own call."""
     from fastattn import ops
@@ -325,151 +350,33 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tenso
     return out.unflatten(0, (batch, rows)).transpose(1, 2)
 
 
-def ours(case: Case, t: dict[str, Tensor], implementation: str) -> Outputs:
-    """fastattn's results by name; ``implementation`` as in its functions."""
+def prepare(case: Case, t: dict[str, Tensor], implementation: str) -> Callable[[], Outputs]:
+    """fastattn's call on the tensors ``t``, ready to be made again and again; ``implementation`` as in its functions."""
+    if case.op in modules.OPS:
+        return modules.ours(case, t, implementation)
     function, positional, keywords = arguments(case, t)
-    with asked_for(case.op, implementation, keywords):
-        result = function(*positional, **keywords)
-    return dict(zip(("out", "lse"), result, strict=True)) if isinstance(result, tuple) else {"out": result}
-
-
-@contextmanager
-def asked_for(op: str, implementation: str, keywords: dict[str, Any]) -> Iterator[None]:
-    """Within it a call of ``op`` with ``keywords`` runs ``implementation``.
-
-    By keyword; scaled_dot_product_attention has torch's signature and no such keyword, hence by the environment.
-    """
-    if op != "scaled_dot_product_attention":
-        keywords["implementation"] = implementation
-        yield
-        return
-    before = os.environ.get("FASTATTN_IMPLEMENTATION")
-    if implementation != "auto":
-        os.environ["FASTATTN_IMPLEMENTATION"] = implementation
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ["FASTATTN_IMPLEMENTATION"] = before
-        elif implementation != "auto":
-            del os.environ["FASTATTN_IMPLEMENTATION"]
-
-
-def torch_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a·bᵀ (+ bias) as torch computes it in the tensors' dtype."""
-    return F.linear(a, b, bias) if b.dim() == 2 else torch.matmul(a, b.mT)
-
-
-def rounded_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a·bᵀ in float32, rounded once: no less accurate than torch's 16-bit products on CPUs, some of which run at 1 GFLOP/s."""
-    return torch_product(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
-
-
-def plain(case: Case, t: dict[str, Tensor], product: Product | None = None) -> Outputs:
-    """The same call in torch's own functions, by result name."""
-    if product is None:
-        first = t["q" if "attention" in case.op else "x"]
-        slow = first.dtype.itemsize == 2 and first.device.type == "cpu"
-        product = rounded_product if slow else torch_product
-    if "attention" in case.op:
-        return _plain_attention(case, t, product)
-    if case.op in ("layer_norm", "rms_norm"):
-        x = _dropped(case, t, t["x"])
-        x = x + t["residual"] if "residual" in t else x
-        if case.op == "layer_norm":
-            return {"out": F.layer_norm(x, x.shape[-1:], t.get("weight"), t.get("bias"), case.options.get("eps", 1e-5))}
-        return {"out": F.rms_norm(x, x.shape[-1:], t.get("weight"), case.options.get("eps"))}
-    if case.op == "ffn":
-        hidden = activate(case.options["activation"], product(t["x"], t["w_in"], t.get("b_in")))
-        return {"out": product(_dropped(case, t, hidden), t["w_out"], t.get("b_out"))}
-    if case.op == "glu_ffn":
-        name = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}[
-            case.options["activation"]
-        ]
-        hidden = activate(name, product(t["x"], t["w_gate"], t.get("b_gate"))) * product(
-            t["x"], t["w_up"], t.get("b_up")
-        )
-        return {"out": product(_dropped(case, t, hidden), t["w_down"], t.get("b_down"))}
-    x = t["x"]
-    return {"out": _plain_rope(x, t["cos"].to(x.dtype), t["sin"].to(x.dtype), bool(case.options.get("interleaved")))}
-
-
-def plain_by_head(case: Case, t: dict[str, Tensor]) -> Outputs:
-    """``plain`` of an attention call, one key-value head after the other: O(B·N²) memory instead of O(B·H·N²).
-
-    Not with dropout, whose counters know the head.
-    """
-    heads_kv = t["k"].shape[1]
-    groups = t["q"].shape[1] // heads_kv
-    found: list[Outputs] = []
-    for head in range(heads_kv):
-        mine = slice(head * groups, (head + 1) * groups)
-        part = {**t, "q": t["q"][:, mine], "k": t["k"][:, head : head + 1], "v": t["v"][:, head : head + 1]}
-        part |= {name: t[name][mine] for name in ("alibi_slopes", "sinks") if name in t}
-        found.append(plain(case, part))
-    return {name: torch.cat([outputs[name] for outputs in found], 1) for name in found[0]}
-
-
-def activate(name: str, x: Tensor) -> Tensor:
-    if name == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-    return functions[name](x)
-
-
-def _dropped(case: Case, t: dict[str, Tensor], x: Tensor) -> Tensor:
-    """``x`` with the call's dropout. The mask is defined by counters (reference/philox.py); torch has no way to draw it."""
-    probability = case.options.get("dropout_p", 0.0)
-    if not probability:
-        return x
-    draw = attention_dropout if x.dim() == 4 else matrix_dropout
-    return x * draw(x.shape, probability, t["rng_state"], x.device).to(x.dtype)
-
-
-def _plain_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    rotary = 2 * cos.shape[-1]
-    turned, rest = x[..., :rotary], x[..., rotary:]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    if case.op != "scaled_dot_product_attention":
+        call = functools.partial(function, *positional, **keywords, implementation=implementation)
     else:
-        a, b = turned.chunk(2, -1)
-        out = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-    return torch.cat((out, rest), -1) if rest.shape[-1] else out
+        call = functools.partial(_with_environment, implementation, function, *positional, **keywords)
+
+    def run() -> Outputs:
+        result = call()
+        return {"out": result[0], "lse": result[1]} if isinstance(result, tuple) else {"out": result}
+
+    return run
 
 
-def _plain_attention(case: Case, t: dict[str, Tensor], product: Product) -> Outputs:
-    """softmax(scale·q·kᵀ + bias)·v with every (Nq, Nk) intermediate in memory."""
-    options, q = case.options, t["q"]
-    groups = q.shape[1] // t["k"].shape[1]
-    k, v = (t[name].repeat_interleave(groups, 1) if groups > 1 else t[name] for name in "kv")
-    rows, keys = q.shape[2], k.shape[2]
-    scores = product(q, k) * options.get("softmax_scale", options.get("scale", 1 / math.sqrt(q.shape[3])))
-    if softcap := options.get("softcap"):
-        scores = softcap * torch.tanh(scores / softcap)
-    top_left = case.op == "scaled_dot_product_attention"
-    distance = torch.arange(keys, device=q.device) - torch.arange(rows, device=q.device)[:, None]
-    distance = distance - (0 if top_left else keys - rows)
-    if "alibi_slopes" in t:
-        scores = scores - (t["alibi_slopes"][:, None, None] * distance.abs()).to(scores.dtype)
-    mask = t.get("attn_mask")
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    if "key_lengths" in t:
-        padding = torch.arange(keys, device=q.device) >= t["key_lengths"].to(q.device)[:, None, None, None]
-        scores = scores.masked_fill(padding, -math.inf)
-    left, right = options.get("window_size", (-1, -1))
-    if options.get("causal") or options.get("is_causal"):
-        right = 0
-    if left >= 0:
-        scores = scores.masked_fill(distance < -left, -math.inf)
-    if right >= 0:
-        scores = scores.masked_fill(distance > right, -math.inf)
-    if "sinks" in t:
-        sink = t["sinks"].to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, sink), -1)
-    weights = _dropped(case, t, torch.softmax(scores, -1)[..., :keys])
-    outputs = {"out": product(weights, v.mT)}
-    if options.get("return_lse"):
-        outputs["lse"] = torch.logsumexp(scores, -1)
-    return outputs
+def _with_environment(implementation: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """scaled_dot_product_attention has torch's signature and no keyword ``implementation``."""
+    if implementation == "auto":
+        return function(*args, **kwargs)
+    before = os.environ.get("FASTATTN_IMPLEMENTATION")
+    os.environ["FASTATTN_IMPLEMENTATION"] = implementation
+    try:
+        return function(*args, **kwargs)
+    finally:
+        if before is None:
+            del os.environ["FASTATTN_IMPLEMENTATION"]
+        else:
+            os.environ["FASTATTN_IMPLEMENTATION"] = before

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastattn.cli import cases
 from fastattn.cli.cases import Case, Outputs
 from fastattn.cli.explain import explain_call
+from fastattn.cli.plain import plain_by_head, plain_outputs
 from fastattn.cli.table import Progress, print_table
 from fastattn.ops import _library
 
@@ -74,7 +75,7 @@ class Oracle:
         self.terms = cases.reduction_length(case)
         self.tensors = cases.make_tensors(case, dtype, device)
         by_head = not gradients and "attention" in case.op and not case.options.get("dropout_p")
-        compute = cases.plain_by_head if by_head else cases.plain
+        compute = plain_by_head if by_head else plain_outputs
         if not gradients:
             self.tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
         wide = {name: self._widened(tensor) for name, tensor in self.tensors.items()}
@@ -100,7 +101,7 @@ class Oracle:
 
     def judge(self, implementation: str) -> Iterator[tuple[str, float, float, float]]:
         """(result, error, plain error, bound) of fastattn's call; raises what the call raises."""
-        actual = self.results(cases.ours(self.case, self.tensors, implementation))
+        actual = self.results(cases.prepare(self.case, self.tensors, implementation)())
         for name, exact in self.exact.items():
             error = largest(actual[name].double() - exact)
             plain_error = largest(self.plain[name].double() - exact)

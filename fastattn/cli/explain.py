@@ -14,10 +14,8 @@ from fastattn.ops import Explanation, explain
 
 
 def explain_call(case: Case, tensors: dict[str, Tensor], implementation: str) -> Explanation:
-    """``fastattn.explain``'s answer for ``cases.ours(case, tensors, implementation)``."""
-    function, positional, keywords = cases.arguments(case, tensors)
-    with cases.asked_for(case.op, implementation, keywords):
-        return explain(function, *positional, **keywords)
+    """``fastattn.explain``'s answer for ``cases.prepare(case, tensors, implementation)``; of a module, for its first operation."""
+    return explain(cases.prepare(case, tensors, implementation))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

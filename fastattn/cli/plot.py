@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastattn.cli import cases
 
 if TYPE_CHECKING:
-    from fastattn.cli.bench import Row
+    from fastattn.cli.rows import Row
 
 #: Colours that stay apart in greyscale and for the colour-blind (Okabe-Ito), by what stands before the colon of a
 #: peer's name.
@@ -19,7 +19,7 @@ Line = tuple[str, str]  # (operation, what the line says)
 
 
 def plot(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draw ``rows`` (fastattn.cli.bench) to ``path``; ImportError without matplotlib, ValueError without any figures.
+    """Draw ``rows`` (fastattn.cli.rows) to ``path``; ImportError without matplotlib, ValueError without any figures.
 
     Two panels (forward, forward+backward) share the lines; a bar runs from 1 (as fast as the peer) to the ratio, on a
     log scale.

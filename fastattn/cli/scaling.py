@@ -22,6 +22,7 @@ from fastattn import ops
 from fastattn.cli import bars, cases, check
 from fastattn.cli.cases import Case
 from fastattn.cli.measure import interleave
+from fastattn.cli.plain import plain_outputs
 
 LENGTHS = tuple(2**power for power in range(10, 18))
 DTYPE, HEAD_DIM = "bfloat16", 64
@@ -55,8 +56,8 @@ def accurate(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     """(error, bound) of SAMPLE rows of ``out``, by the rule of ``check``."""
     rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLE, q.shape[2])).long()
     some = {"q": q[:, :, rows], "k": k, "v": v}
-    exact = cases.plain(case(q.shape[2]), {name: tensor.double() for name, tensor in some.items()})["out"]
-    plain = cases.plain(case(q.shape[2]), some)["out"]
+    exact = plain_outputs(case(q.shape[2]), {name: tensor.double() for name, tensor in some.items()})["out"]
+    plain = plain_outputs(case(q.shape[2]), some)["out"]
     error = check.largest(out[:, :, rows].double() - exact)
     return error, check.bound(check.largest(plain.double() - exact), exact, out.dtype, q.shape[2])
 

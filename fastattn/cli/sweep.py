@@ -15,7 +15,7 @@ from fastattn.cli import bars
 from fastattn.cli.cases import Case
 
 if TYPE_CHECKING:
-    from fastattn.cli.bench import Row
+    from fastattn.cli.rows import Row
 
 HEAD_DIMS = (64, 128, 32, 96, 256, 80, 192, 40, 160)
 LENGTHS = (1, 2, 5, 16, 33, 64, 127, 128, 257, 384, 512, 1000, 1024, 2048, 4096, 8192)
@@ -61,7 +61,7 @@ def directions(case: Case, dtype: str) -> tuple[str, ...]:
     The rule of ``check`` allows no error at all in a gradient that is exactly zero.
     """
     slow = dtype == "float16" and 2.5 * flop(case) > MAX_FLOAT16_BACKWARD
-    return bars.DIRECTIONS[:1] if slow or case.attention_shape[3] == 1 else bars.DIRECTIONS
+    return bars.APART[:1] if slow or case.attention_shape[3] == 1 else bars.APART
 
 
 def worst(rows: Sequence[Row]) -> list[Row]:

@@ -16,6 +16,7 @@ from fastattn import __main__ as cli
 from fastattn import ops
 from fastattn.cli import bench, cases, measure, peers, sweep
 from fastattn.cli.cases import Case
+from fastattn.cli.plain import plain_outputs
 
 CPU = torch.device("cpu")
 
@@ -130,7 +131,7 @@ def test_attention_peers_say_the_same_and_name_the_backend():
     assert [name.partition(":")[0] for name in found] == ["sdpa", "eager"]
     sdpa = next(name for name in found if name.startswith("sdpa"))
     assert sdpa.partition(":")[2] in ("flash", "math", "efficient")
-    exact = cases.plain(case, {name: tensor.double() for name, tensor in t.items()})["out"]
+    exact = plain_outputs(case, {name: tensor.double() for name, tensor in t.items()})["out"]
     for call in found.values():
         assert (call()["out"].double() - exact).abs().max().item() < 1e-5
 
@@ -141,7 +142,7 @@ def test_compile_is_a_peer_of_the_others_and_right():
     found = peers.peers(case, t, ["compile"])
     if not found:
         pytest.skip("torch.compile does not work here (no C++ compiler)")
-    exact = cases.plain(case, {name: tensor.double() for name, tensor in t.items()})["out"]
+    exact = plain_outputs(case, {name: tensor.double() for name, tensor in t.items()})["out"]
     assert (found["compile"]()["out"].double() - exact).abs().max().item() < 1e-5
 
 

