@@ -8,6 +8,7 @@ in memory (a sharded or quantized tensor subclass). Everything that does not pas
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as module_globals
+
+from fastattn.ops.linear import linear
 
 
 def runs_only(module: Any, cls: type[nn.Module]) -> bool:
@@ -40,6 +43,18 @@ def is_plain_linear(module: Any) -> bool:
     return runs_only(module, nn.Linear) and all(
         p is None or type(p) in (nn.Parameter, Tensor) for p in (module.weight, module.bias)
     )
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
+    """``x weightᵀ + bias`` by :func:`fastattn.linear` where that has the implementation and the tensors are plain, else by torch.
+
+    Plain: not nested, and no parameter is a subclass (sharded, quantized), which knows its own product.
+    """
+    asked = os.environ.get("FASTATTN_IMPLEMENTATION", "auto") if implementation == "auto" else implementation
+    plain = all(p is None or type(p) in (nn.Parameter, Tensor) for p in (weight, bias))
+    if asked in ("cuda", "triton") or not plain or x.is_nested:
+        return F.linear(x, weight, bias)
+    return linear(x, weight, bias, implementation=implementation)
 
 
 def dropout_probability(module: Any) -> float | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastattn.nn._fusion import project
 from fastattn.ops.attention import attention
 from fastattn.reference.precision import accumulation_dtype
 
@@ -165,24 +166,27 @@ class MultiheadAttention(nn.MultiheadAttention):
             bias_parts = (None, None, None) if b is None else b.chunk(3)
             weight_parts = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             q, k, v = (
-                self._split_heads(F.linear(x, wx, bx), 1)[0]
+                self._split_heads(self._project(x, wx, bx), 1)[0]
                 for x, wx, bx in zip((query, key, value), weight_parts, bias_parts, strict=True)
             )
         elif query is key and key is value:
-            q, k, v = self._split_heads(F.linear(query, w, b), 3)
+            q, k, v = self._split_heads(self._project(query, w, b), 3)
         else:
             E = self.embed_dim
             b_q, b_kv = (None, None) if b is None else b.split([E, 2 * E])
             w_q, w_kv = w.split([E, 2 * E])
-            (q,) = self._split_heads(F.linear(query, w_q, b_q), 1)
+            (q,) = self._split_heads(self._project(query, w_q, b_q), 1)
             if key is value:
-                k, v = self._split_heads(F.linear(key, w_kv, b_kv), 2)
+                k, v = self._split_heads(self._project(key, w_kv, b_kv), 2)
             else:
                 b_k, b_v = (None, None) if b_kv is None else b_kv.chunk(2)
                 w_k, w_v = w_kv.chunk(2)
-                (k,) = self._split_heads(F.linear(key, w_k, b_k), 1)
-                (v,) = self._split_heads(F.linear(value, w_v, b_v), 1)
+                (k,) = self._split_heads(self._project(key, w_k, b_k), 1)
+                (v,) = self._split_heads(self._project(value, w_v, b_v), 1)
         return q, k, v
+
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return project(x, weight, bias, self.implementation)
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """``x`` (..., parts·E) in the module's layout as ``parts`` views of (B, H, N, D)."""
@@ -200,7 +204,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out = out.squeeze(0)
         elif not self.batch_first:
             out = out.transpose(0, 1)
-        return F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return self._project(out, self.out_proj.weight, self.out_proj.bias)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> Any:
         return attention(

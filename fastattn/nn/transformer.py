@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastattn.nn._fusion import autocast_dtype, dropout_probability, runs_only
 from fastattn.nn.attention import MultiheadAttention
@@ -148,13 +147,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         real = torch.arange(int(lengths.max()), device=src.device) < lengths[:, None]
 
         def attend(tokens: Tensor) -> Tensor:
-            projected = F.linear(tokens, self_attn.in_proj_weight, self_attn.in_proj_bias)
+            projected = self_attn._project(tokens, self_attn.in_proj_weight, self_attn.in_proj_bias)
             padded = projected.new_zeros(*real.shape, projected.shape[-1])
             padded[real] = projected
             q, k, v = self_attn._split_heads(padded, 3)
             out: Any = attention(q, k, v, attn_mask=real[:, None, None, :], implementation=self_attn.implementation)
             merged = out.transpose(1, 2)[real].flatten(-2)
-            return F.linear(merged, self_attn.out_proj.weight, self_attn.out_proj.bias)
+            return self_attn._project(merged, self_attn.out_proj.weight, self_attn.out_proj.bias)
 
         out = self._compose(src.values().view(-1, self_attn.embed_dim), attend)
         return torch._nested_view_from_buffer(
