@@ -7,7 +7,7 @@
 //   g = dy w    c1 = Σg / N (0 for rms)    c2 = Σ(g xhat) / N       dh_total = dh + rstd (g - c1 - xhat c2)
 //   dx = dropout mask · dh_total    dweight = Σ_rows dy xhat        dbias = Σ_rows dy
 //
-// The variance is centred (a second pass over a row that the first left in cache), so a large mean cancels nothing.
+// The variance is of deviations from the mean or near it, so a large mean cancels nothing.
 // dweight and dbias: every chunk of rows adds up its own partial sums, norm_backward_reduce adds the chunks in order.
 // Chunks depend on the shape alone, so the result does not depend on threads.
 
@@ -39,10 +39,11 @@ struct PartVector {
   Vec<A> only(Vec<A> x) const { return select(first_n<A>(n), x, Vec<A>::zero()); }
 };
 
-// f(column, slot, vector) over the vectors of n columns; consecutive calls use slots 0 to 3, so that four sums hide the
-// add's latency.
+// f(column, slot, vector) over the vectors of n columns; consecutive calls use slots 0 to 3. Always in line, and so are
+// the f below: called, they keep every sum in memory, and the compiler's choice came and went with unrelated code.
+#define FASTATTN_IN_LINE __attribute__((always_inline))
 template <class A, class F>
-inline void each_vector(int64_t n, F f) {
+FASTATTN_IN_LINE inline void each_vector(int64_t n, F f) {
   constexpr int kLanes = Vec<A>::kLanes;
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
@@ -55,13 +56,36 @@ inline void each_vector(int64_t n, F f) {
   if (i < n) f(i, 1, PartVector<A>{n - i});
 }
 
+// Rows taken together hide the latency of each other's sums and share the loads of parameters: as many as have room for
+// their sums in registers. Forward, rows wider than 16 bits are bound by memory, which likes one stream more than four.
+// A row's own bits do not depend on the rows beside it.
+constexpr int kNormRows = VecF::kLanes == 16 ? 4 : 2;
+template <class T>
+constexpr int kForwardRows = sizeof(T) == 2 ? kNormRows : 1;
+
 // No default member initializer: a constructor that the compiler writes itself is compiled outside the target region.
-template <class A>
-struct FourSums {
-  Vec<A> slot[4];
-  static FourSums zero() { return {{Vec<A>::zero(), Vec<A>::zero(), Vec<A>::zero(), Vec<A>::zero()}}; }
-  A total() const { return reduce_add((slot[0] + slot[1]) + (slot[2] + slot[3])); }
+template <class A, int kSlots>
+struct RowSum {
+  Vec<A> slot[kSlots];
+  static RowSum zero() {
+    RowSum sum;
+    for (Vec<A>& x : sum.slot) x = Vec<A>::zero();
+    return sum;
+  }
+  void add(int i, Vec<A> x) { slot[i % kSlots] = slot[i % kSlots] + x; }
+  void add_product(int i, Vec<A> x, Vec<A> y) { slot[i % kSlots] = fma(x, y, slot[i % kSlots]); }
+  A total() const {
+    if constexpr (kSlots == 4) {
+      return reduce_add((slot[0] + slot[1]) + (slot[2] + slot[3]));
+    } else {
+      return reduce_add(slot[0] + slot[1]);
+    }
+  }
 };
+template <class T>
+using ForwardSum = RowSum<Acc<T>, kForwardRows<T> == 1 ? 4 : 2>;
+template <class T>
+using BackwardSum = RowSum<Acc<T>, 2>;
 
 // A vector of n parameters in the accumulation dtype: `values` itself where it already is, else widened into `scratch`;
 // all `fill` where there is none.
@@ -98,7 +122,7 @@ inline void drop_and_add(const T* x, const T* addend, T* out, int64_t n, const D
     if (dropout.threshold > 0) {
       dropout_factors(drawn, begin, count, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), factor);
     }
-    each_vector<A>(count, [&](int64_t i, int, auto vector) {
+    each_vector<A>(count, [&](int64_t i, int, auto vector) FASTATTN_IN_LINE {
       Vec<A> value = vector.load(x + begin + i);
       if (dropout.threshold > 0) value = value * (vector.load(factor + i) * scale);
       if (addend != nullptr) value = value + vector.load(addend + begin + i);
@@ -112,50 +136,161 @@ struct Moments {
   A mean, variance;
 };
 
-// Mean and variance in two passes. The second also adds up the deviations, which would be zero for an exact mean: they
-// correct it.
-template <class T>
-inline Moments<Acc<T>> row_moments(const T* x, int64_t n) {
+// Mean and variance of kRows rows from their deviations d from `centre`: mean = centre + Σd / N, variance = Σd² / N -
+// (Σd / N)², which loses no more digits than (mean - centre)² is larger than the variance.
+template <int kRows, class T>
+inline void moments_about(const T* const* x, const Acc<T>* centre, int64_t n, Moments<Acc<T>>* moments) {
   using A = Acc<T>;
-  FourSums<A> sum = FourSums<A>::zero(), deviations = sum, squares = sum;
-  each_vector<A>(n, [&](int64_t i, int slot, auto vector) { sum.slot[slot] = sum.slot[slot] + vector.load(x + i); });
-  const A mean = sum.total() / static_cast<A>(n);
-  const Vec<A> centre(mean);
-  each_vector<A>(n, [&](int64_t i, int slot, auto vector) {
-    const Vec<A> d = vector.only(vector.load(x + i) - centre);
-    deviations.slot[slot] = deviations.slot[slot] + d;
-    squares.slot[slot] = fma(d, d, squares.slot[slot]);
-  });
-  const A error = deviations.total() / static_cast<A>(n);
-  return {mean + error, squares.total() / static_cast<A>(n) - error * error};
-}
-
-template <class T>
-inline Acc<T> row_mean_square(const T* x, int64_t n) {
-  using A = Acc<T>;
-  FourSums<A> squares = FourSums<A>::zero();
-  each_vector<A>(n, [&](int64_t i, int slot, auto vector) {
-    const Vec<A> value = vector.load(x + i);
-    squares.slot[slot] = fma(value, value, squares.slot[slot]);
-  });
-  return squares.total() / static_cast<A>(n);
-}
-
-// y = (x - mean) rstd w + b, and the next row on its way into the cache meanwhile.
-template <bool kBias, class T>
-inline void normalize_row(const T* x, T* y, int64_t n, Acc<T> mean, Acc<T> rstd, const Acc<T>* weight,
-                          const Acc<T>* bias, const T* next) {
-  using A = Acc<T>;
-  const Vec<A> centre(mean), scale(rstd);
-  each_vector<A>(n, [&](int64_t i, int, auto vector) {
-    __builtin_prefetch(next + i);
-    const Vec<A> xhat = (vector.load(x + i) - centre) * scale;
-    if constexpr (kBias) {
-      vector.store(fma(xhat, vector.load(weight + i), vector.load(bias + i)), y + i);
-    } else {
-      vector.store(xhat * vector.load(weight + i), y + i);
+  ForwardSum<T> deviations[kRows], squares[kRows];
+  Vec<A> about[kRows];
+#pragma GCC unroll 4
+  for (int k = 0; k < kRows; ++k) deviations[k] = squares[k] = ForwardSum<T>::zero(), about[k] = Vec<A>(centre[k]);
+  each_vector<A>(n, [&](int64_t i, int slot, auto vector) FASTATTN_IN_LINE {
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const Vec<A> d = vector.only(vector.load(x[k] + i) - about[k]);
+      deviations[k].add(slot, d);
+      squares[k].add_product(slot, d, d);
     }
   });
+#pragma GCC unroll 4
+  for (int k = 0; k < kRows; ++k) {
+    const A shift = deviations[k].total() / static_cast<A>(n);
+    moments[k] = {centre[k] + shift, squares[k].total() / static_cast<A>(n) - shift * shift};
+  }
+}
+
+// 16-bit rows take one pass about their first element, which is mostly within a few standard deviations of the mean (a
+// second pass about the mean otherwise): float32 has digits to spare. Wider rows take the sum first and are centred.
+template <int kRows, class T>
+inline void row_moments(const T* const* x, int64_t n, Moments<Acc<T>>* moments) {
+  using A = Acc<T>;
+  A centre[kRows];
+  if constexpr (sizeof(T) == 2) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) centre[k] = n > 0 ? to_acc(x[k][0]) : A(0);
+    moments_about<kRows>(x, centre, n, moments);
+    for (int k = 0; k < kRows; ++k) {
+      const A shift = moments[k].mean - centre[k];
+      if (!(shift * shift > 16 * moments[k].variance)) continue;
+      const A mean = moments[k].mean;
+      moments_about<1>(x + k, &mean, n, moments + k);
+    }
+  } else {
+    ForwardSum<T> sum[kRows];
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) sum[k] = ForwardSum<T>::zero();
+    each_vector<A>(n, [&](int64_t i, int slot, auto vector) FASTATTN_IN_LINE {
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) sum[k].add(slot, vector.load(x[k] + i));
+    });
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) centre[k] = sum[k].total() / static_cast<A>(n);
+    moments_about<kRows>(x, centre, n, moments);
+  }
+}
+
+template <int kRows, class T>
+inline void row_mean_squares(const T* const* x, int64_t n, Moments<Acc<T>>* moments) {
+  using A = Acc<T>;
+  ForwardSum<T> squares[kRows];
+#pragma GCC unroll 4
+  for (int k = 0; k < kRows; ++k) squares[k] = ForwardSum<T>::zero();
+  each_vector<A>(n, [&](int64_t i, int slot, auto vector) FASTATTN_IN_LINE {
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const Vec<A> value = vector.load(x[k] + i);
+      squares[k].add_product(slot, value, value);
+    }
+  });
+#pragma GCC unroll 4
+  for (int k = 0; k < kRows; ++k) moments[k] = {A(0), squares[k].total() / static_cast<A>(n)};
+}
+
+// Whether the vector of each_vector's `slot` begins a cache line, in rows that do.
+template <class T>
+constexpr bool begins_line(int slot) {
+  return slot * Vec<Acc<T>>::kLanes * sizeof(T) % 64 == 0;
+}
+
+// y = (x - mean) rstd w + b. Meanwhile the rows `ahead` elements further on, which come next, are on their way into the
+// cache: x to be read, y to be written.
+template <bool kBias, int kRows, class T>
+inline void normalize_rows(const T* const* x, T* const* y, int64_t n, const Moments<Acc<T>>* moments,
+                           const Acc<T>* rstd, const Acc<T>* weight, const Acc<T>* bias, int64_t x_ahead,
+                           int64_t y_ahead) {
+  using A = Acc<T>;
+  Vec<A> centre[kRows], scale[kRows];
+#pragma GCC unroll 4
+  for (int k = 0; k < kRows; ++k) centre[k] = Vec<A>(moments[k].mean), scale[k] = Vec<A>(rstd[k]);
+  each_vector<A>(n, [&](int64_t i, int slot, auto vector) FASTATTN_IN_LINE {
+    const Vec<A> w = vector.load(weight + i);
+    Vec<A> b;
+    if constexpr (kBias) b = vector.load(bias + i);
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      if (begins_line<T>(slot)) {
+        __builtin_prefetch(x[k] + i + x_ahead);
+        __builtin_prefetch(y[k] + i + y_ahead, 1);
+      }
+      const Vec<A> xhat = (vector.load(x[k] + i) - centre[k]) * scale[k];
+      if constexpr (kBias) {
+        vector.store(fma(xhat, w, b), y[k] + i);
+      } else {
+        vector.store(xhat * w, y[k] + i);
+      }
+    }
+  });
+}
+
+// What the threads of a call share, and each thread's own.
+template <class A>
+struct NormOperands {
+  const A *weight, *bias;  // bias null: none
+  float* factor;           // dropout factors
+};
+
+// Rows [row, row + kRows), `ahead` rows of which follow.
+template <int kRows, class T>
+inline void norm_forward_block(const NormForwardParams& p, int64_t row, int ahead,
+                               const NormOperands<Acc<T>>& operands) {
+  using A = Acc<T>;
+  const int64_t n = p.columns;
+  const T* x[kRows];
+  T* y[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    x[k] = static_cast<const T*>(p.x) + (row + k) * p.x_stride;
+    y[k] = static_cast<T*>(p.y) + (row + k) * n;
+    if (p.h == nullptr) continue;
+    const T* residual = p.residual ? static_cast<const T*>(p.residual) + (row + k) * p.residual_stride : nullptr;
+    T* h = static_cast<T*>(p.h) + (row + k) * n;
+    drop_and_add(x[k], residual, h, n, p.dropout, row + k, operands.factor);
+    x[k] = h;
+  }
+  Moments<A> moments[kRows];
+  if (p.rms) {
+    row_mean_squares<kRows>(x, n, moments);
+  } else {
+    row_moments<kRows>(x, n, moments);
+  }
+  A rstd[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    rstd[k] = A(1) / std::sqrt(moments[k].variance + static_cast<A>(p.eps));
+    if (!p.rms) static_cast<A*>(p.mean)[row + k] = moments[k].mean;
+    static_cast<A*>(p.rstd)[row + k] = rstd[k];
+  }
+  const int64_t x_ahead = ahead * (p.h == nullptr ? p.x_stride : n), y_ahead = ahead * n;
+  if (operands.bias != nullptr) {
+    normalize_rows<true, kRows>(x, y, n, moments, rstd, operands.weight, operands.bias, x_ahead, y_ahead);
+  } else {
+    normalize_rows<false, kRows>(x, y, n, moments, rstd, operands.weight, operands.bias, x_ahead, y_ahead);
+  }
+}
+
+// Several rows of every operand have to stay in the second cache between the passes.
+template <class T>
+inline bool several_rows_fit(int64_t n) {
+  return n * static_cast<int64_t>(sizeof(T)) <= 32768;
 }
 
 template <class T>
@@ -163,29 +298,16 @@ inline void norm_forward_rows(const NormForwardParams& p, Range range) {
   using A = Acc<T>;
   const int64_t n = p.columns;
   ScratchCursor scratch(thread_scratch(2 * (n * sizeof(A) + 64) + kDropoutScratch * sizeof(float)));
-  const A* weight = widened<A>(p.weight, p.weight_dtype, n, A(1), scratch.take<A>(n));
-  const A* bias = p.bias ? widened<A>(p.bias, p.weight_dtype, n, A(0), scratch.take<A>(n)) : nullptr;
-  float* factor = scratch.take<float>(kDropoutScratch);
-  for (int64_t row = range.begin; row < range.end; ++row) {
-    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-    const T* next = row + 1 < range.end ? x + p.x_stride : x;
-    if (p.h != nullptr) {
-      const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.residual_stride : nullptr;
-      T* h = static_cast<T*>(p.h) + row * n;
-      drop_and_add(x, residual, h, n, p.dropout, row, factor);
-      x = h;
-    }
-    const Moments<A> moments = p.rms ? Moments<A>{A(0), row_mean_square(x, n)} : row_moments(x, n);
-    const A mean = moments.mean, rstd = A(1) / std::sqrt(moments.variance + static_cast<A>(p.eps));
-    if (!p.rms) static_cast<A*>(p.mean)[row] = mean;
-    static_cast<A*>(p.rstd)[row] = rstd;
-    T* y = static_cast<T*>(p.y) + row * n;
-    if (bias != nullptr) {
-      normalize_row<true>(x, y, n, mean, rstd, weight, bias, next);
-    } else {
-      normalize_row<false>(x, y, n, mean, rstd, weight, bias, next);
-    }
+  NormOperands<A> operands;
+  operands.weight = widened<A>(p.weight, p.weight_dtype, n, A(1), scratch.take<A>(n));
+  operands.bias = p.bias ? widened<A>(p.bias, p.weight_dtype, n, A(0), scratch.take<A>(n)) : nullptr;
+  operands.factor = scratch.take<float>(kDropoutScratch);
+  constexpr int kRows = kForwardRows<T>;
+  int64_t row = range.begin;
+  for (; several_rows_fit<T>(n) && row + kRows <= range.end; row += kRows) {
+    norm_forward_block<kRows, T>(p, row, row + 2 * kRows <= range.end ? kRows : 0, operands);
   }
+  for (; row < range.end; ++row) norm_forward_block<1, T>(p, row, row + 1 < range.end ? 1 : 0, operands);
 }
 
 // One row of the backward pass: its pointers, and what its statistics make of it.
@@ -197,43 +319,61 @@ struct BackwardRow {
   A mean, rstd, rstd_c1, rstd_c2;
 };
 
-template <class T>
-inline BackwardRow<T> backward_row(const NormBackwardParams& p, int64_t row, const Acc<T>* weight) {
+template <int kRows, class T>
+inline void begin_backward(const NormBackwardParams& p, int64_t row, const Acc<T>* weight, BackwardRow<T>* r) {
   using A = Acc<T>;
   const int64_t n = p.columns;
-  BackwardRow<T> r;
-  r.dy = static_cast<const T*>(p.dy) + row * p.dy_stride;
-  r.dh = p.dh ? static_cast<const T*>(p.dh) + row * p.dh_stride : nullptr;
-  r.h = static_cast<const T*>(p.h) + row * p.h_stride;
-  r.dh_total = static_cast<T*>(p.dh_total) + row * n;
-  r.mean = p.rms ? A(0) : static_cast<const A*>(p.mean)[row];
-  r.rstd = static_cast<const A*>(p.rstd)[row];
-  FourSums<A> sum_g = FourSums<A>::zero(), sum_gd = sum_g;
-  const Vec<A> centre(r.mean);
-  each_vector<A>(n, [&](int64_t i, int slot, auto vector) {
-    const Vec<A> g = vector.load(r.dy + i) * vector.load(weight + i);
-    sum_g.slot[slot] = sum_g.slot[slot] + g;
-    sum_gd.slot[slot] = fma(g, vector.load(r.h + i) - centre, sum_gd.slot[slot]);
+  BackwardSum<T> sum_g[kRows], sum_gd[kRows];
+  Vec<A> centre[kRows];
+#pragma GCC unroll 4
+  for (int k = 0; k < kRows; ++k) {
+    r[k].dy = static_cast<const T*>(p.dy) + (row + k) * p.dy_stride;
+    r[k].dh = p.dh ? static_cast<const T*>(p.dh) + (row + k) * p.dh_stride : nullptr;
+    r[k].h = static_cast<const T*>(p.h) + (row + k) * p.h_stride;
+    r[k].dh_total = static_cast<T*>(p.dh_total) + (row + k) * n;
+    r[k].mean = p.rms ? A(0) : static_cast<const A*>(p.mean)[row + k];
+    r[k].rstd = static_cast<const A*>(p.rstd)[row + k];
+    sum_g[k] = sum_gd[k] = BackwardSum<T>::zero(), centre[k] = Vec<A>(r[k].mean);
+  }
+  each_vector<A>(n, [&](int64_t i, int slot, auto vector) FASTATTN_IN_LINE {
+    const Vec<A> w = vector.load(weight + i);
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const Vec<A> g = vector.load(r[k].dy + i) * w;
+      sum_g[k].add(slot, g);
+      sum_gd[k].add_product(slot, g, vector.load(r[k].h + i) - centre[k]);
+    }
   });
   const A over_n = A(1) / static_cast<A>(n);
-  r.rstd_c1 = p.rms ? A(0) : r.rstd * (sum_g.total() * over_n);
-  r.rstd_c2 = r.rstd * (sum_gd.total() * r.rstd * over_n);
-  return r;
+#pragma GCC unroll 4
+  for (int k = 0; k < kRows; ++k) {
+    r[k].rstd_c1 = p.rms ? A(0) : r[k].rstd * (sum_g[k].total() * over_n);
+    r[k].rstd_c2 = r[k].rstd * (sum_gd[k].total() * r[k].rstd * over_n);
+  }
 }
 
 // Which sums over rows the backward pass keeps.
 enum class NormSums { kNone, kWeight, kWeightAndBias };
 
-// dh_total of kRows rows, and their share of the sums: a sum is loaded and stored once for all of them.
+// dh_total of kRows rows, and their share of the sums: a sum is loaded and stored once for all of them. The rows
+// `ahead` rows further on are on their way into the cache meanwhile.
 template <int kRows, NormSums kSums, class T>
-inline void backward_rows(const BackwardRow<T>* r, int64_t n, const Acc<T>* weight, Acc<T>* dweight, Acc<T>* dbias) {
+inline void finish_backward(const NormBackwardParams& p, const BackwardRow<T>* r, int ahead, const Acc<T>* weight,
+                            Acc<T>* dweight, Acc<T>* dbias) {
   using A = Acc<T>;
-  each_vector<A>(n, [&](int64_t i, int, auto vector) {
+  const int64_t n = p.columns, dy_ahead = ahead * p.dy_stride, h_ahead = ahead * p.h_stride, out_ahead = ahead * n;
+  each_vector<A>(n, [&](int64_t i, int slot, auto vector) FASTATTN_IN_LINE {
     const Vec<A> w = vector.load(weight + i);
     Vec<A> weight_sum, bias_sum;
     if constexpr (kSums != NormSums::kNone) weight_sum = vector.load(dweight + i);
     if constexpr (kSums == NormSums::kWeightAndBias) bias_sum = vector.load(dbias + i);
+#pragma GCC unroll 4
     for (int k = 0; k < kRows; ++k) {
+      if (begins_line<T>(slot)) {
+        __builtin_prefetch(r[k].dy + i + dy_ahead);
+        __builtin_prefetch(r[k].h + i + h_ahead);
+        __builtin_prefetch(r[k].dh_total + i + out_ahead, 1);
+      }
       const Vec<A> dy = vector.load(r[k].dy + i), rstd(r[k].rstd);
       const Vec<A> xhat = (vector.load(r[k].h + i) - Vec<A>(r[k].mean)) * rstd;
       if constexpr (kSums != NormSums::kNone) weight_sum = fma(dy, xhat, weight_sum);
@@ -247,27 +387,28 @@ inline void backward_rows(const BackwardRow<T>* r, int64_t n, const Acc<T>* weig
   });
 }
 
+template <int kRows, NormSums kSums, class T>
+inline void norm_backward_block(const NormBackwardParams& p, int64_t row, int ahead,
+                                const NormOperands<Acc<T>>& operands, Acc<T>* dweight, Acc<T>* dbias) {
+  BackwardRow<T> block[kRows];
+  begin_backward<kRows>(p, row, operands.weight, block);
+  finish_backward<kRows, kSums>(p, block, ahead, operands.weight, dweight, dbias);
+  for (int k = 0; k < kRows && p.dropout.threshold > 0; ++k) {
+    T* dx = static_cast<T*>(p.dx) + (row + k) * p.columns;
+    drop_and_add<T>(block[k].dh_total, nullptr, dx, p.columns, p.dropout, row + k, operands.factor);
+  }
+}
+
 template <NormSums kSums, class T>
-inline void norm_backward_chunk(const NormBackwardParams& p, Range rows, const Acc<T>* weight, Acc<T>* dweight,
-                                Acc<T>* dbias, float* factor) {
-  constexpr int kRows = 4;
-  const int64_t n = p.columns;
-  // Four rows of dy, h and dh_total have to stay in the second cache between the two passes.
-  const bool blocked = n * static_cast<int64_t>(sizeof(T)) <= 32768;
-  for (int64_t row = rows.begin; row < rows.end;) {
-    BackwardRow<T> block[kRows];
-    const int count = blocked && row + kRows <= rows.end ? kRows : 1;
-    for (int k = 0; k < count; ++k) block[k] = backward_row<T>(p, row + k, weight);
-    if (count == kRows) {
-      backward_rows<kRows, kSums>(block, n, weight, dweight, dbias);
-    } else {
-      backward_rows<1, kSums>(block, n, weight, dweight, dbias);
-    }
-    for (int k = 0; k < count && p.dropout.threshold > 0; ++k) {
-      T* dx = static_cast<T*>(p.dx) + (row + k) * n;
-      drop_and_add<T>(block[k].dh_total, nullptr, dx, n, p.dropout, row + k, factor);
-    }
-    row += count;
+inline void norm_backward_chunk(const NormBackwardParams& p, Range rows, const NormOperands<Acc<T>>& operands,
+                                Acc<T>* dweight, Acc<T>* dbias) {
+  int64_t row = rows.begin;
+  for (; several_rows_fit<T>(p.columns) && row + kNormRows <= rows.end; row += kNormRows) {
+    const int ahead = row + 2 * kNormRows <= rows.end ? kNormRows : 0;
+    norm_backward_block<kNormRows, kSums, T>(p, row, ahead, operands, dweight, dbias);
+  }
+  for (; row < rows.end; ++row) {
+    norm_backward_block<1, kSums, T>(p, row, row + 1 < rows.end ? 1 : 0, operands, dweight, dbias);
   }
 }
 
@@ -276,23 +417,24 @@ inline void norm_backward_chunks(const NormBackwardParams& p, Range range) {
   using A = Acc<T>;
   const int64_t n = p.columns;
   ScratchCursor scratch(thread_scratch(n * sizeof(A) + 64 + kDropoutScratch * sizeof(float)));
-  const A* weight = widened<A>(p.weight, p.weight_dtype, n, A(1), scratch.take<A>(n));
-  float* factor = scratch.take<float>(kDropoutScratch);
+  NormOperands<A> operands;
+  operands.weight = widened<A>(p.weight, p.weight_dtype, n, A(1), scratch.take<A>(n));
+  operands.factor = scratch.take<float>(kDropoutScratch);
   for (int64_t chunk = range.begin; chunk < range.end; ++chunk) {
     const Range rows{chunk * p.chunk_rows, std::min((chunk + 1) * p.chunk_rows, p.rows)};
     if (p.partial_dweight == nullptr) {
-      norm_backward_chunk<NormSums::kNone, T>(p, rows, weight, nullptr, nullptr, factor);
+      norm_backward_chunk<NormSums::kNone, T>(p, rows, operands, nullptr, nullptr);
       continue;
     }
     A* dweight = static_cast<A*>(p.partial_dweight) + chunk * n;
     std::fill(dweight, dweight + n, A(0));
     if (p.partial_dbias == nullptr) {
-      norm_backward_chunk<NormSums::kWeight, T>(p, rows, weight, dweight, nullptr, factor);
+      norm_backward_chunk<NormSums::kWeight, T>(p, rows, operands, dweight, nullptr);
       continue;
     }
     A* dbias = static_cast<A*>(p.partial_dbias) + chunk * n;
     std::fill(dbias, dbias + n, A(0));
-    norm_backward_chunk<NormSums::kWeightAndBias, T>(p, rows, weight, dweight, dbias, factor);
+    norm_backward_chunk<NormSums::kWeightAndBias, T>(p, rows, operands, dweight, dbias);
   }
 }
 
@@ -306,7 +448,7 @@ inline void reduce_partials(const A* partial, int64_t chunks, int64_t n, Range r
       out[i] = from_acc<W>(sum);
     }
   } else {
-    each_vector<A>(range.end - range.begin, [&](int64_t i, int, auto vector) {
+    each_vector<A>(range.end - range.begin, [&](int64_t i, int, auto vector) FASTATTN_IN_LINE {
       Vec<A> sum = Vec<A>::zero();
       const A* column = partial + range.begin + i;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + vector.load(column + chunk * n);
@@ -341,3 +483,4 @@ inline void norm_backward_reduce(const NormBackwardParams& p, Range range) {
     reduce(p.partial_dbias, static_cast<decltype(type)>(p.dbias));
   });
 }
+#undef FASTATTN_IN_LINE
