@@ -1,8 +1,8 @@
 """A decoder-only Transformer that covers the GPT-2 and Llama families, built on fastattn's operations.
 
 Reads top to bottom: configuration, KV cache, the layers in the order a token meets them, the model, sampling. Shapes use
-B batch, N tokens of this call, M tokens visible to it (cache included), E ``dim``, H ``nheads``, Hk ``nheads_kv``,
-D ``head_dim``, R ``rope_dim``, F ``ffn_dim``, V ``vocab_size``.
+B batch, N tokens of this call, T = B·N, M tokens visible to it (cache included), E ``dim``, H ``nheads``, Hk ``nheads_kv``,
+D ``head_dim``, R ``rope_dim``, F ``ffn_dim``, V ``vocab_size``. Between attentions the tokens are rows of a matrix (T, E).
 
 The stack is pre-norm (Radford et al. 2019; Touvron et al. 2023). A branch's output and the residual stream travel separately,
 so that every addition happens inside the next norm: ``h = dropout(x) + residual; y = norm(h)`` is one operation.
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.nn._fusion import project
 from fastattn.ops._select import IMPLEMENTATIONS
 from fastattn.ops.attention import attention
 from fastattn.ops.ffn import ffn, glu_ffn
@@ -189,6 +190,8 @@ class KVCache:
 class Context:
     """What all layers of one call share. ``rotary``: (cos, sin), each (N, R/2) or (B, N, R/2). ``mask``: (B, 1, 1, M) bool."""
 
+    batch: int
+    rows: int
     rotary: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     cache: KVCache | None
@@ -205,7 +208,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.dim)) if config.norm_bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, residual (B, N, E) → (norm(h), h)."""
+        """x, residual (T, E) → (norm(h), h)."""
         config = self.config
         dropout_p = config.dropout if self.training else 0.0
         if config.norm == "rms_norm":
@@ -230,24 +233,25 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.nheads * config.head_dim, config.dim, config.out_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x (B, N, E) → (B, N, E)."""
+        """x (T, E) → (T, E)."""
         config = self.config
-        batch, rows, _ = x.shape
-        nheads, nheads_kv = config.nheads, config.nheads_kv
+        batch, rows, nheads, nheads_kv = context.batch, context.rows, config.nheads, config.nheads_kv
+        qkv = project(x, self.qkv.weight, self.qkv.bias, config.implementation)
         # (B, H + 2 Hk, N, D): queries and keys are neighbours, so one call rotates both.
-        heads = self.qkv(x).view(batch, rows, nheads + 2 * nheads_kv, config.head_dim).transpose(1, 2)
-        qk, v = heads.split((nheads + nheads_kv, nheads_kv), dim=1)
+        heads = qkv.view(batch, rows, nheads + 2 * nheads_kv, config.head_dim).transpose(1, 2)
+        qk, v = heads.narrow(1, 0, nheads + nheads_kv), heads.narrow(1, nheads + nheads_kv, nheads_kv)
         if context.rotary is not None:
             cos, sin = context.rotary
             qk = rope(qk, cos, sin, interleaved=config.rope_interleaved, implementation=config.implementation)
-        q, k = qk.split((nheads, nheads_kv), dim=1)
+        q, k = qk.narrow(1, 0, nheads), qk.narrow(1, nheads, nheads_kv)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
         out: Tensor = attention(  # type: ignore[assignment]
             q, k, v, attn_mask=context.mask, causal=rows > 1, dropout_p=config.dropout if self.training else 0.0,
             implementation=config.implementation,
         )  # fmt: skip
-        return self.out(out.transpose(1, 2).reshape(batch, rows, nheads * config.head_dim))
+        merged = out.transpose(1, 2).reshape(batch * rows, nheads * config.head_dim)
+        return project(merged, self.out.weight, self.out.bias, config.implementation)
 
 
 class FeedForward(nn.Module):
@@ -261,7 +265,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.dim, config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, E) → (B, N, E)."""
+        """x (T, E) → (T, E)."""
         config, gate, up, down = self.config, self.gate, self.up, self.down
         if gate is None:
             return ffn(
@@ -285,7 +289,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        """x (B, N, E): the previous branch's output, not yet added to ``residual``. Returns the same pair."""
+        """x (T, E): the previous branch's output, not yet added to ``residual``. Returns the same pair."""
         y, residual = self.attention_norm(x, residual)
         y, residual = self.ffn_norm(self.attention(y, context), residual)
         return self.ffn(y), residual
@@ -351,15 +355,17 @@ class Transformer(nn.Module):
             x = x + self.position_embedding(positions)
         elif self.config.positions == "sinusoidal":
             x = x + self._sinusoids(positions).to(x.dtype)
-        residual = None
+        x, residual = x.flatten(0, 1), None
         for block in self.blocks:
             x, residual = block(x, residual, context)
         if cache is not None:
             cache.length += tokens.shape[1]
-        if last_only:
-            x, residual = x[:, -1:], residual[:, -1:]  # type: ignore[index]
+        batch, rows = tokens.shape
+        if last_only and rows > 1:
+            x, residual = (t[rows - 1 :: rows] for t in (x, residual))  # type: ignore[index]
         y, _ = self.norm(x, residual)
-        logits = F.linear(y, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
+        head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        logits = project(y, head, None, self.config.implementation).view(batch, -1, head.shape[0])
         if targets is None:
             return logits
         wide = logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
@@ -387,7 +393,7 @@ class Transformer(nn.Module):
         if self.config.positions == "rope" and self.config.rope_dim > 0:
             cos, sin = self._angle_table(end, self.config.rope_dim, self.config.rope_theta)
             rotary = (cos[start:end], sin[start:end]) if padding is None else (cos[positions], sin[positions])
-        return positions, Context(rotary, mask, cache)
+        return positions, Context(batch, rows, rotary, mask, cache)
 
     def _angle_table(self, length: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """cos and sin of ``position · theta^(-2i/dim)``, each (≥ length, dim/2), in the accumulation dtype; grown by doubling."""
