@@ -47,6 +47,8 @@ def test_explain_validates_and_refuses_what_calls_no_operation() -> None:
         (fastattn.ffn, (Q, torch.ones(3, 8), torch.ones(8, 3)), "ffn"),
         (fastattn.glu_ffn, (Q, torch.ones(3, 8), torch.ones(3, 8), torch.ones(8, 3)), "glu_ffn"),
         (fastattn.linear, (Q, torch.ones(3, 8)), "linear"),
+        (fastattn.cross_entropy, (torch.ones(3, 8), torch.arange(3)), "cross_entropy"),
+        (fastattn.linear_cross_entropy, (torch.ones(3, 8), torch.ones(5, 8), torch.arange(3)), "linear_cross_entropy"),
         (fastattn.rope, (Q, torch.ones(5, 4), torch.ones(5, 4)), "rope"),
     ],
 )

@@ -179,7 +179,8 @@ inline void column_sums_of(const ColumnSumParams& p, Range range) {
       for (int64_t m = block; m < std::min(p.M, block + 128); ++m) sum = sum + load_part<V>(x + m * p.N + n, count);
       total = total + sum;
     }
-    store_part(total, out + n, count);
+    total = total * V(static_cast<A>(p.scale));
+    store_part(p.add ? load_part<V>(out + n, count) + total : total, out + n, count);
   }
 }
 

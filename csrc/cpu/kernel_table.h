@@ -24,6 +24,13 @@ struct KernelTable {
   void (*linear_pack)(const LinearParams&, Range);
   void (*linear)(const LinearParams&, Range);
   void (*column_sums)(const ColumnSumParams&, Range);
+
+  void (*cross_entropy_forward)(const CrossEntropyParams&, Range);
+  void (*cross_entropy_backward)(const CrossEntropyParams&, Range);
+  void (*linear_loss_sums)(const LinearLossParams&, Range);
+  void (*linear_loss_rows)(const LinearLossParams&, Range);
+  void (*linear_loss_gradient)(const LinearLossParams&, Range);
+  void (*scaled_product)(const ScaledProductParams&, Range);
 };
 
 // The table of the ISA in force, and of a given one (compiled in for every x86-64 build; call only if isa_available()).

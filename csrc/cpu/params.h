@@ -203,12 +203,53 @@ struct LinearParams {
   int64_t first_row;  // the row of the dropout mask that row 0 is
 };
 
-// sums[n] = sum over m of x (M, N), in `to`; x is in `from`. Work item: a column.
+// Cross-entropy of rows of logits with class indices; the formulas are in loss-inl.h. Work item: a row. What has one
+// value per row or class is in the accumulation dtype.
+struct CrossEntropyParams {
+  DType dtype;
+  int64_t rows, classes;
+  const void* logits;  // (rows, classes), unit column stride
+  int64_t logits_stride;
+  const int64_t* target;     // (rows,)
+  const void* class_weight;  // (classes,) or null
+  double class_weight_mean;  // 1 without class weights
+  int64_t ignore_index;
+  double label_smoothing, softcap, z_loss;
+  void* loss;            // (rows,), 0 where ignored
+  void *max, *log_sum;   // (rows,): largest (capped) logit, and log of the sum of exponentials relative to it
+  const void* row_grad;  // backward: (rows,), gradient of each row's loss
+  void* dlogits;         // backward: (rows, classes), contiguous
+};
+
+// The same for logits = x · weightᵀ + bias, of which a strip of classes exists at a time.
+struct LinearLossParams {
+  CrossEntropyParams loss;  // without logits and dlogits
+  LinearParams product;  // the logits of the strip, and its part of the bias; column_block is the same for all strips
+  int64_t first_class;   // of the strip
+  void *block_max, *block_sum, *block_weighted;  // (blocks of column_block classes, rows): sums of each block
+  int64_t block_stride;  // of block_max: rows, or 0 if `strip` is relative to the maximum of the whole row
+  void* target_logit;    // (rows,)
+  void* strip;  // (rows, strip's classes) in `dtype`: logits less their block's maximum, then their gradient; or null
+  bool recompute;  // the gradient kernel fills `strip` itself
+};
+
+// c = base + scale · A·B. base is in the accumulation dtype, or null; c (which may be base) in the product's dtype or
+// (wide) in its accumulation dtype.
+struct ScaledProductParams {
+  LinearParams product;
+  double scale;
+  const void* base;
+  bool wide;
+};
+
+// sums[n] (+)= scale · sum over m of x (M, N), in `to`; x is in `from`. Work item: a column.
 struct ColumnSumParams {
   DType from, to;
   int64_t M, N;
   const void* x;
   void* sums;
+  double scale = 1;
+  bool add = false;
 };
 
 }  // namespace fastattn

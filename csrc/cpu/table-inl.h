@@ -18,6 +18,7 @@
 #include "cpu/attention_decode-inl.h"
 #include "cpu/attention_backward-inl.h"
 #include "cpu/norm-inl.h"
+#include "cpu/loss-inl.h"
 // clang-format on
 
 const KernelTable kTable = {
@@ -39,4 +40,11 @@ const KernelTable kTable = {
     linear_pack,
     linear,
     column_sums,
+
+    cross_entropy_forward,
+    cross_entropy_backward,
+    linear_loss_sums,
+    linear_loss_rows,
+    linear_loss_gradient,
+    scaled_product,
 };

@@ -6,13 +6,13 @@
 #include "cpu/scratch.h"
 
 namespace fastattn {
-namespace {
 
-// Equal columns, at most `most`, in a multiple of 64.
 int64_t equal_columns(int64_t N, int64_t most) {
   const int64_t blocks = std::max<int64_t>(1, blocks_of(N, most));
   return std::max<int64_t>(64, blocks_of(blocks_of(N, blocks), 64) * 64);
 }
+
+namespace {
 
 // With at most one row block nobody would share a packed B: every item then packs its own few columns.
 bool packs_ahead(const LinearParams& p) { return p.M > kRowBlock; }

@@ -11,6 +11,9 @@ constexpr int64_t kRowBlock = 128;
 
 inline int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
+// Equal columns of a work item, at most `most`, in a multiple of 64.
+int64_t equal_columns(int64_t N, int64_t most);
+
 LinearParams make_linear(DType dtype, int64_t M, int64_t N, int64_t K, Epilogue epilogue);
 
 // The second of two products, if `b` is there.

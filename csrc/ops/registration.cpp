@@ -40,6 +40,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& dout, const Tensor& x, const Tensor& w_in, const OptionalTensor& w_gate, const Tensor& w_out,
     const Tensor& pre, const Tensor& gate, int64_t activation, double dropout_p, const OptionalTensor& rng_state,
     bool x_grad, bool weight_grad, bool bias_grad);
+
+std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& class_weight, int64_t ignore_index,
+                                                 double label_smoothing, double softcap, double z_loss,
+                                                 int64_t reduction);
+Tensor cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& class_weight, const Tensor& statistics, int64_t ignore_index,
+                              double label_smoothing, double softcap, double z_loss, int64_t reduction);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& target, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss, int64_t reduction, bool x_grad, bool weight_grad,
+    bool bias_grad);
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, const Tensor& x,
+                                                                 const Tensor& weight, const OptionalTensor& bias,
+                                                                 const Tensor& target, const Tensor& statistics,
+                                                                 int64_t ignore_index, double label_smoothing,
+                                                                 double softcap, double z_loss, int64_t reduction,
+                                                                 bool x_grad, bool weight_grad, bool bias_grad);
 }  // namespace fastattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
@@ -53,4 +71,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("linear_backward", TORCH_BOX(&fastattn::linear_backward));
   m.impl("ffn_forward", TORCH_BOX(&fastattn::ffn_forward));
   m.impl("ffn_backward", TORCH_BOX(&fastattn::ffn_backward));
+
+  m.impl("cross_entropy_forward", TORCH_BOX(&fastattn::cross_entropy_forward));
+  m.impl("cross_entropy_backward", TORCH_BOX(&fastattn::cross_entropy_backward));
+  m.impl("linear_cross_entropy_forward", TORCH_BOX(&fastattn::linear_cross_entropy_forward));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&fastattn::linear_cross_entropy_backward));
 }

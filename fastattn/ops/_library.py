@@ -76,6 +76,28 @@ SCHEMAS = {
     ),
     # x (B, H, N, D); cos, sin (1 | B, N, R/2) in the accumulation dtype; conjugate rotates back (the gradient).
     "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool conjugate) -> Tensor",
+    # logits (T, V) with unit last stride; target int64 (T,); class_weight (V,) in the accumulation dtype, as are loss, () or
+    # without reduction (T,), and statistics (2, T): each row's largest logit and the log of its sum of exponentials relative to it.
+    # reduction indexes fastattn.reference.loss.REDUCTIONS.
+    "cross_entropy_forward": (
+        "(Tensor logits, Tensor target, Tensor? class_weight, int ignore_index, float label_smoothing, float softcap,"
+        " float z_loss, int reduction) -> (Tensor loss, Tensor statistics)"
+    ),
+    "cross_entropy_backward": (
+        "(Tensor dloss, Tensor logits, Tensor target, Tensor? class_weight, Tensor statistics, int ignore_index,"
+        " float label_smoothing, float softcap, float z_loss, int reduction) -> Tensor dlogits"
+    ),
+    # logits = x (T, K) · weight (V, K)ᵀ + bias (V,). The gradients are those of a reduced loss.
+    "linear_cross_entropy_forward": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float label_smoothing, float softcap,"
+        " float z_loss, int reduction, bool x_grad, bool weight_grad, bool bias_grad)"
+        " -> (Tensor loss, Tensor statistics, Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
+    "linear_cross_entropy_backward": (
+        "(Tensor dloss, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor statistics, int ignore_index,"
+        " float label_smoothing, float softcap, float z_loss, int reduction, bool x_grad, bool weight_grad,"
+        " bool bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
 }
 
 
@@ -169,6 +191,33 @@ def _fake_rope(x, cos, sin, interleaved, conjugate):  # type: ignore[no-untyped-
     return x.new_empty(x.shape)
 
 
+def _fake_loss(rows: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+    tokens = rows.shape[0]
+    wide = accumulation_dtype(rows.dtype)
+    return rows.new_empty((tokens,) if reduction == 0 else (), dtype=wide), rows.new_empty((2, tokens), dtype=wide)
+
+
+def _fake_cross_entropy_forward(logits, target, class_weight, *options):  # type: ignore[no-untyped-def]
+    return _fake_loss(logits, options[-1])
+
+
+def _fake_cross_entropy_backward(dloss, logits, *_):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def _fake_linear_gradients(x, weight, wanted):  # type: ignore[no-untyped-def]
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(x.new_empty(shape) if want else _none(x) for shape, want in zip(shapes, wanted, strict=True))
+
+
+def _fake_linear_cross_entropy_forward(x, weight, bias, target, *options):  # type: ignore[no-untyped-def]
+    return (*_fake_loss(x, options[4]), *_fake_linear_gradients(x, weight, options[5:]))
+
+
+def _fake_linear_cross_entropy_backward(dloss, x, weight, *rest):  # type: ignore[no-untyped-def]
+    return _fake_linear_gradients(x, weight, rest[-3:])
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "attention_forward": _fake_attention_forward,
     "attention_backward": _fake_attention_backward,
@@ -179,6 +228,10 @@ FAKES: dict[str, Callable[..., object]] = {
     "ffn_forward": _fake_ffn_forward,
     "ffn_backward": _fake_ffn_backward,
     "rope": _fake_rope,
+    "cross_entropy_forward": _fake_cross_entropy_forward,
+    "cross_entropy_backward": _fake_cross_entropy_backward,
+    "linear_cross_entropy_forward": _fake_linear_cross_entropy_forward,
+    "linear_cross_entropy_backward": _fake_linear_cross_entropy_backward,
 }
 
 #: Operators that Triton implements, and the module of kernels/ that holds the launcher of the same name.

@@ -91,6 +91,24 @@ def _rope(x: Tensor) -> Tensor:
     return fastattn.rope(x, angles.cos(), angles.sin(), implementation="cpu")
 
 
+def _cross_entropy(logits: Tensor) -> Tensor:
+    weight, target = torch.linspace(0.5, 1, 6, dtype=logits.dtype), torch.tensor([1, 5, -100])
+    return fastattn.cross_entropy(
+        logits, target, weight, label_smoothing=0.1, softcap=3.0, z_loss=0.1, implementation="cpu"
+    )
+
+
+def _linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    target = torch.tensor([1, 4, -100])
+    return fastattn.linear_cross_entropy(
+        x, weight, target, bias, label_smoothing=0.1, softcap=3.0, z_loss=0.1, implementation="cpu"
+    )
+
+
+def _token_losses(x: Tensor, weight: Tensor) -> Tensor:
+    return fastattn.linear_cross_entropy(x, weight, torch.tensor([1, 4, 0]), reduction="none", implementation="cpu")
+
+
 OPS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "attention": (_attention, ((1, 2, 5, 4), (1, 1, 6, 4), (1, 1, 6, 3), (2, 1, 6), (2,), (2,))),
     "attention_varlen": (_attention_varlen, ((5, 2, 4), (6, 1, 4), (6, 1, 3), (3, 2), (2,))),
@@ -101,6 +119,9 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "glu_ffn": (_glu_ffn, ((3, 4), (7, 4), (7, 4), (5, 7))),
     "linear": (_linear, ((3, 4), (5, 4), (5,), (3, 5))),
     "rope": (_rope, ((1, 2, 5, 6),)),
+    "cross_entropy": (_cross_entropy, ((3, 6),)),
+    "linear_cross_entropy": (_linear_cross_entropy, ((3, 4), (5, 4), (5,))),
+    "token_losses": (_token_losses, ((3, 4), (5, 4))),
 }
 
 
@@ -214,6 +235,8 @@ def test_autocast() -> None:
         assert fastattn.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
         assert fastattn.ffn(q, w, w).dtype == torch.bfloat16
         assert fastattn.linear(q, w, residual=q).dtype == torch.bfloat16
+        loss = fastattn.linear_cross_entropy(q[0, 0].requires_grad_(), w, torch.arange(5))
+        assert loss.dtype == torch.float32 and loss.grad_fn is not None
 
 
 def _samples() -> dict[str, tuple[object, ...]]:
@@ -226,6 +249,9 @@ def _samples() -> dict[str, tuple[object, ...]]:
     y, h, mean, rstd = torch.ops.fastattn.norm_forward(x, x.clone(), w, b, 1e-5, False, 0.1, RNG)
     w_in, w_gate, w_out, b_in, b_out = (torch.randn(s) for s in ((9, 6), (9, 6), (4, 9), (9,), (4,)))
     o, pre, gate = torch.ops.fastattn.ffn_forward(x, w_in, b_in, w_gate, b_in, w_out, b_out, 1, 0.1, RNG, True)
+    target, ce = torch.tensor([1, 3, -100, 0, 2]), (-100, 0.1, 3.0, 0.1, 1)
+    _, ce_stats = torch.ops.fastattn.cross_entropy_forward(x, target, w.abs(), *ce)
+    _, stats, *_ = torch.ops.fastattn.linear_cross_entropy_forward(x, w_in, b_in, target, *ce, False, False, False)
     grads = (torch.randn_like(out), torch.randn_like(lse))
     return {
         "attention_forward": (q, k, v, mask, slopes, sinks, *options, RNG),
@@ -236,6 +262,10 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "ffn_backward": (torch.randn_like(o), x, w_in, w_gate, w_out, pre, gate, 1, 0.1, RNG, True, True, True),
         "linear_forward": (x, w_in, b_in, torch.randn(5, 9)),
         "linear_backward": (torch.randn(5, 9), x, w_in, True, True, True),
+        "cross_entropy_forward": (x, target, w.abs(), *ce),
+        "cross_entropy_backward": (torch.tensor(1.5), x, target, w.abs(), ce_stats, *ce),
+        "linear_cross_entropy_forward": (x, w_in, b_in, target, *ce, True, True, True),
+        "linear_cross_entropy_backward": (torch.tensor(1.5), x, w_in, b_in, target, stats, *ce, True, True, True),
         "rope": (torch.randn(2, 3, 5, 8), torch.randn(1, 5, 3), torch.randn(1, 5, 3), False, True),
     }
 

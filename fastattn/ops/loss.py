@@ -1,0 +1,318 @@
+"""Cross-entropy with class indices, of logits and of a linear map to logits: validation, autograd and the ladder.
+
+(Label smoothing: Szegedy et al., "Rethinking the Inception architecture", 2016; softcap: Gemma 2, 2024; z-loss: Chowdhery et
+al., "PaLM", 2022; logits never whole: Wijmans et al., "Cut your losses in large-vocabulary language models", 2025.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.ops import _validate
+from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
+from fastattn.ops._select import choose
+from fastattn.reference.loss import REDUCTIONS
+from fastattn.reference.precision import accumulation_dtype
+
+__all__ = ["cross_entropy", "linear_cross_entropy"]
+
+
+class _Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    softcap: float
+    z_loss: float
+    reduction: int
+
+    def named(self) -> dict[str, Any]:
+        return self._asdict() | {"reduction": REDUCTIONS[self.reduction]}
+
+
+def _formula(target: Tensor, class_weight: Tensor | None, options: _Options) -> Any:
+    return lambda logits: (reference.cross_entropy(logits, target, class_weight, **options.named()),)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(logits, target, class_weight) -> (loss, statistics); statistics, two numbers a row, are what backward needs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.cross_entropy_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, target, class_weight, *options = inputs
+        ctx.options = _Options(*options)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(logits, target, class_weight, output[1])
+        ctx.save_for_forward(logits, target, class_weight)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gradient = _CrossEntropyGradient.apply if differentiable else _CrossEntropyGradient.forward
+        return gradient(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+class _CrossEntropyDual(_CrossEntropy):
+    """With a tangent rule: a class of its own, since torch.compile takes no Function that has one."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        logits, target, class_weight = ctx.saved_tensors[:3]
+        (dloss,) = pushforward(_formula(target, class_weight, ctx.options), 1, (logits,), tangents[:1])
+        return dloss, None
+
+
+class _CrossEntropyGradient(torch.autograd.Function):
+    """The backward operator, itself differentiable once more through the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dloss: Tensor, *args: Any) -> Tensor:
+        return torch.ops.fastattn.cross_entropy_backward(dloss.contiguous(), *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.options = _Options(*inputs[5:])
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        dloss, logits, target, class_weight = ctx.saved_tensors
+        formula = _formula(target, class_weight, ctx.options)
+        onto_inputs, onto_cotangents = pullback_of_gradient(formula, (logits,), (True,), (dloss,), upstream)
+        return *onto_cotangents, *onto_inputs, *[None] * 8
+
+
+def _linear_formula(target: Tensor, options: _Options) -> Any:
+    return lambda x, weight, bias: (reference.linear_cross_entropy(x, weight, target, bias, **options.named()),)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """(x, weight, bias, target) -> (loss, statistics, dx, dweight, dbias): the gradients of a reduced loss come with it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.linear_cross_entropy_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options, ctx.ready = _Options(*inputs[4:9]), inputs[9:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:4], *output[1:])
+        ctx.save_for_forward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[:3]
+        ready = all(made for made, need in zip(ctx.ready, needs, strict=True) if need)
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if ready and not differentiable and _is_one(dloss):
+            grads = ctx.saved_tensors[5:]
+        else:
+            gradient = _LinearCrossEntropyGradient.apply if differentiable else _LinearCrossEntropyGradient.forward
+            grads = gradient(dloss, *ctx.saved_tensors, ready, *ctx.options, *needs)
+        return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 9
+
+
+class _LinearCrossEntropyDual(_LinearCrossEntropy):
+    """With a tangent rule: a class of its own, since torch.compile takes no Function that has one."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        *inputs, target = ctx.saved_tensors[:4]
+        (dloss,) = pushforward(_linear_formula(target, ctx.options), 1, inputs, tangents[:3])
+        return dloss, None, None, None, None
+
+
+def _is_one(dloss: Tensor) -> bool:
+    """Whether this is a plain backward() of the loss: the gradients that forward made are then handed over as they are."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(dloss):
+        return False
+    return dloss.item() == 1
+
+
+class _LinearCrossEntropyGradient(torch.autograd.Function):
+    """dloss times the gradients that forward made, or the backward operator; differentiable through the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        dloss, x, weight, bias, target, statistics, *made, ready = args[:10]
+        if not ready:
+            return torch.ops.fastattn.linear_cross_entropy_backward(
+                dloss.contiguous(), x, weight, bias, target, statistics, *args[10:]
+            )
+        return tuple((g * dloss).to(g.dtype) for g in made)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options, ctx.wanted = _Options(*inputs[10:15]), inputs[15:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        dloss, *inputs, target = ctx.saved_tensors
+        wanted = [asked and t is not None for asked, t in zip(ctx.wanted, inputs, strict=True)]
+        formula = _linear_formula(target, ctx.options)
+        onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dloss,), upstream)
+        return *onto_cotangents, *onto_inputs, *[None] * 14
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """Cross-entropy of rows of logits with class indices.
+
+    With z = logits, or softcap · tanh(logits / softcap), lse = log Σⱼ e^zⱼ and w = weight or 1, a token with target y has
+    ``(1 - ε) w[y] (lse - z[y]) + ε/V Σⱼ w[j] (lse - zⱼ) + z_loss · lse²``, ε = label_smoothing. One pass over the logits, one more
+    for their gradient; nothing of their size is kept in between.
+
+    Args:
+        logits: (tokens, V), float64/32/16 or bfloat16; a contiguous last dimension is read in place.
+        target: (tokens,) int64 or int32, in [0, V) or ``ignore_index``, whose tokens have loss and gradient 0.
+        weight: (V,) class weights, floating; a constant: asking for its gradient raises.
+        reduction: mean (over what is not ignored, by weight: NaN if that is nothing, as in torch) | sum | none.
+        label_smoothing: in [0, 1]. softcap: > 0 caps the logits (Gemma 2), 0 does not. z_loss: ≥ 0, the factor of lse² (PaLM).
+        implementation: auto | cpu | reference.
+
+    Returns:
+        A scalar, or (tokens,) with reduction="none", in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: naming the argument; IndexError or RuntimeError: a target out of bounds;
+        NotImplementedError: the named implementation does not take the call.
+    """
+    _validate.floating("logits", _validate.tensor("logits", logits, 2))
+    tokens, classes = logits.shape
+    target = _class_indices(target, (tokens,), logits, "logits")
+    options = _options(classes, ignore_index, reduction, label_smoothing, softcap, z_loss)
+    if weight is not None:
+        _validate.floating("weight", _validate.tensor("weight", weight, 1))
+        _validate.shape("weight", weight, (classes,))
+        _validate.same_device("weight", weight, "logits", logits)
+        if weight.requires_grad:
+            raise NotImplementedError("weight: requires a gradient, but class weights are constants; detach it")
+        weight = weight.to(accumulation_dtype(logits.dtype)).contiguous()
+    if choose("cross_entropy", implementation, logits.device, {"cpu": lambda: None}) == "reference":
+        return reference.cross_entropy(logits, target, weight, **options.named())
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    if wants_gradient(logits):
+        return (_CrossEntropyDual if forward_mode() else _CrossEntropy).apply(logits, target, weight, *options)[0]
+    return torch.ops.fastattn.cross_entropy_forward(logits, target, weight, *options)[0]
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """:func:`cross_entropy` of the logits ``x weightᵀ + bias``, which are never whole in memory.
+
+    With mean or sum the gradients are computed together with the loss, if they are wanted, and multiplied by the incoming one in
+    backward; with none the logits are computed again there. Scratch memory is about a quarter of the logits in x's dtype,
+    512 MiB at most.
+
+    Args:
+        x: (..., K), float64/32/16 or bfloat16; weight and bias have its dtype and device.
+        weight: (V, K), bias: (V,): laid out as ``nn.Linear``'s.
+        target: (...) int64 or int32, in [0, V) or ``ignore_index``.
+        Everything else as :func:`cross_entropy`; class weights are not taken.
+
+    Returns:
+        A scalar, or (...) with reduction="none", in float32 (float64 for float64 x).
+
+    Raises:
+        As :func:`cross_entropy`.
+    """
+    _validate.tensor("x", x)
+    x, weight, bias = _validate.autocast(x.device.type, x, weight, bias)  # type: ignore[assignment]
+    _validate.floating("x", x)
+    if x.dim() < 1:
+        raise ValueError("x: expected at least 1 dimension, got a scalar")
+    classes, shape = _validate.tensor("weight", weight, 2).shape[0], x.shape[:-1]
+    _validate.shape("weight", weight, (classes, x.shape[-1]))
+    _validate.like("weight", weight, "x", x)
+    if bias is not None:
+        _validate.shape("bias", _validate.tensor("bias", bias), (classes,))
+        _validate.like("bias", bias, "x", x)
+    target = _class_indices(target, tuple(shape), x, "x")
+    options = _options(classes, ignore_index, reduction, label_smoothing, softcap, z_loss)
+    if choose("linear_cross_entropy", implementation, x.device, {"cpu": lambda: None}) == "reference":
+        return reference.linear_cross_entropy(x, weight, target, bias, **options.named())
+    matrices = (
+        x.reshape(math.prod(shape), x.shape[-1]).contiguous(),
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )
+    wanted = [False] * 3
+    if wants_gradient(*matrices):
+        if reduction != "none" and torch.is_grad_enabled():
+            wanted = [t is not None and t.requires_grad for t in matrices]
+        function = _LinearCrossEntropyDual if forward_mode() else _LinearCrossEntropy
+        loss = function.apply(*matrices, target.reshape(-1), *options, *wanted)[0]
+    else:
+        loss = torch.ops.fastattn.linear_cross_entropy_forward(*matrices, target.reshape(-1), *options, *wanted)[0]
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+def _class_indices(target: Tensor, shape: tuple[int, ...], like: Tensor, like_name: str) -> Tensor:
+    _validate.tensor("target", target)
+    if target.is_floating_point():
+        raise TypeError(
+            f"target: got {target.dtype}; class indices (int64, int32) are taken, class probabilities are not"
+        )
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target: got dtype {target.dtype}, allowed are int64, int32")
+    _validate.shape("target", target, shape)
+    _validate.same_device("target", target, like_name, like)
+    return target.to(torch.int64).contiguous()
+
+
+def _options(
+    classes: int, ignore_index: int, reduction: str, label_smoothing: float, softcap: float, z_loss: float
+) -> _Options:
+    if classes < 1:
+        raise ValueError("logits: expected at least one class, got 0")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, allowed are {', '.join(REDUCTIONS)}")
+    for name, value in (("label_smoothing", label_smoothing), ("softcap", softcap), ("z_loss", z_loss)):
+        _validate.number(name, value)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: got {value}, allowed are finite numbers >= 0")
+    if label_smoothing > 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, allowed is 0 <= label_smoothing <= 1")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    return _Options(ignore_index, label_smoothing, softcap, z_loss, REDUCTIONS.index(reduction))
