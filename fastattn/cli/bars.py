@@ -40,7 +40,8 @@ class Line:
     """One line of the table, with a bar for each of ``directions`` or for the first alone.
 
     ``bfloat16``, ``float32`` and ``float16`` are bars of the ratio; ``roofline`` has those of the share in percent;
-    ``memory`` is the part of the peer's memory that ours may take; ``isa`` the instruction set both are limited to, or "".
+    ``memory`` is the part of the peer's memory that ours may take, results not counted; ``isa`` the instruction set both are
+    limited to, or ""; ``amx_only`` the dtypes whose ratio is a bar on AMX alone.
     """
 
     case: Case
@@ -51,6 +52,7 @@ class Line:
     isa: str = ""
     passes: tuple[str, ...] = APART
     memory: float | None = None
+    amx_only: tuple[str, ...] = ()
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -61,13 +63,13 @@ class Line:
         """Torch's ways, of which the fastest counts."""
         return ("sdpa",) if self.case.op == "attention" else peer_names(self.case.op)
 
-    def bar(self, dtype: str, direction: str) -> dict[str, Any]:
-        """The fields ``bar``, ``roofline_bar`` and ``memory_bar`` of a row."""
+    def bar(self, dtype: str, direction: str, isa: str) -> dict[str, Any]:
+        """The fields ``bar``, ``roofline_bar`` and ``memory_bar`` of a row that ran on ``isa``."""
         index = self.directions.index(direction)
         ratios: Bars = getattr(self, dtype)
         shares = self.roofline.get(dtype)
         return {
-            "bar": ratios[index],
+            "bar": None if dtype in self.amx_only and isa != "amx" else ratios[index],
             "roofline_bar": shares[index] if shares else None,
             "memory_bar": self.memory,
         }
@@ -124,6 +126,14 @@ NORM = (
 
 _FFN = Case("ffn", (2048, 768, 3072), {"activation": "gelu", "bias": True})
 FFN = (
+    Line(
+        Case("linear", (2048, 2048, 2048)),
+        (None,),
+        (1.8,),
+        (2,),
+        {"bfloat16": (75,)},
+        amx_only=("float32",),
+    ),
     Line(_FFN, (1.9, 2.4), (2.2, 2.2), (2, 2), passes=TOGETHER),
     Line(
         Case("glu_ffn", (2048, 1024, 2816), {"activation": "swiglu"}), (2.0, 2.4), (2.2, 2.2), (2, 2), passes=TOGETHER
@@ -132,6 +142,12 @@ FFN = (
     Line(Case("glu_ffn", (1, 1024, 2816), {"activation": "swiglu"}), (1.8,), (1.15,), (2,)),
     *(Line(_FFN, (1, 6), (1, 1), (2, 6), isa=isa) for isa in limited.ENVIRONMENT),
 )
+
+LOSS = (
+    Line(
+        Case("linear_cross_entropy", (2048, 768, 50257)), (2.5,), (2.2,), (2,), passes=TOGETHER[1:], memory=0.1,
+    ),
+)  # fmt: skip
 
 _SHORT, _LONG = (16, 128, 768, 12, 3072), (8, 384, 768, 12, 3072)
 _DROPOUT = {"dropout_p": 0.1}
@@ -150,7 +166,7 @@ MODEL = (
 )
 
 #: What ``bench`` calls them.
-LINES = {"attention": ATTENTION, "norm": NORM, "ffn": FFN, "layer": LAYER, "model": MODEL}
+LINES = {"attention": ATTENTION, "norm": NORM, "ffn": FFN, "loss": LOSS, "layer": LAYER, "model": MODEL}
 
 
 def name(op: str, shape: Sequence[int], label: str, limits: str) -> str:

@@ -49,6 +49,9 @@ def default_cases(op: str) -> list[Case]:
         "ffn": [Case(op, (2048, 768, 3072), {"activation": "gelu", "bias": True})],
         "glu_ffn": [Case(op, (2048, 1024, 2816), {"activation": "swiglu"})],
         "rope": [Case(op, (1, 12, 1024, 64), {})],
+        "linear": [Case(op, (2048, 768, 2304), {"bias": True})],
+        "cross_entropy": [Case(op, (2048, 50257))],
+        "linear_cross_entropy": [Case(op, (2048, 768, 50257))],
     }
     return found[op]
 
@@ -63,6 +66,9 @@ def quick_cases(op: str) -> list[Case]:
         "ffn": [Case(op, (256, 768, 3072), {"activation": "gelu", "bias": True})],
         "glu_ffn": [Case(op, (256, 576, 1536), {"activation": "swiglu"})],
         "rope": [Case(op, (1, 12, 1024, 64), {})],
+        "linear": [Case(op, (256, 768, 2304), {"bias": True})],
+        "cross_entropy": [Case(op, (256, 8192))],
+        "linear_cross_entropy": [Case(op, (256, 256, 8192))],
     }[op]
 
 
@@ -124,7 +130,7 @@ class Bench:
             except ImportError as error:
                 unavailable = {"verdict": check.UNAVAILABLE, "note": str(error)}
         for direction in line.directions:
-            row = {**start, "direction": direction, **line.bar(dtype_name, direction), **self.facts}
+            row = {**start, "direction": direction, **line.bar(dtype_name, direction, start["isa"]), **self.facts}
             if unavailable:
                 yield Row(**row, peer="", **unavailable)
                 continue
@@ -132,9 +138,9 @@ class Bench:
             ours = timings.pop(OURS)
             figures = self._figures(case, oracle, direction, ours, timings.pop(COPY, None))
             figures["errors"] = {result: error for result, error in errors.items() if _belongs(result, direction)}
-            if line.memory is not None:
-                figures |= self._memory(case, oracle, direction, min(timings, key=lambda peer: timings[peer].median))
             peer = min(timings, key=lambda name: timings[name].median)
+            if line.memory is not None:
+                figures |= self._memory(case, oracle, direction, peer)
             yield Row(**row, peer=peer, verdict=check.OK, **_timed(ours, timings[peer]), **figures)
 
     def _start(
@@ -152,7 +158,7 @@ class Bench:
     def _times(self, case: Case, oracle: check.Oracle, direction: str, wanted: Sequence[str]) -> dict[str, Timing]:
         calls = contenders(case, oracle, self.implementation, wanted, direction)
         if cases.roof(case, direction) == "copy":
-            x = oracle.tensors["x"].detach()
+            x = cases.leading(oracle.tensors).detach()
             target = torch.empty_like(x)
             calls[COPY] = lambda: target.copy_(x)
         with torch.set_grad_enabled(direction != "forward"):
@@ -175,12 +181,14 @@ class Bench:
         return {"rate": rate, "unit": unit, "roofline": roofline, "roofline_percent": 100 * rate / roofline}
 
     def _memory(self, case: Case, oracle: check.Oracle, direction: str, peer: str) -> dict[str, int]:
-        """By how much one call raises the process's memory at its highest, ours and the peer's."""
+        """By how much one call raises the process's memory at its highest, its results not counted: ours and the peer's."""
         calls = contenders(case, oracle, self.implementation, [peer.partition(":")[0]], direction)
         with torch.set_grad_enabled(direction != "forward"):
-            for call in calls.values():
-                call()  # threads, libraries and compiled code are there from here on
-            return {"memory": scaling.peak_growth(calls[OURS]), "peer_memory": scaling.peak_growth(calls[peer])}
+            if peer == "compile":
+                calls[peer]()  # what compiling takes is not the call's
+            results = sum(tensor.nbytes for tensor in oracle.tensors.values() if tensor.requires_grad)
+            found = {name: max(0, scaling.peak_growth(call) - results) for name, call in calls.items()}
+        return {"memory": found[OURS], "peer_memory": found[peer]}
 
 
 def compared(oracle: check.Oracle, implementation: str) -> dict[str, dict[str, float]]:

@@ -28,6 +28,9 @@ SHAPES = {
     "ffn": "tokens,model,hidden",
     "glu_ffn": "tokens,model,hidden",
     "rope": "B,H,N,D",
+    "linear": "rows,inputs,outputs",
+    "cross_entropy": "tokens,vocabulary",
+    "linear_cross_entropy": "tokens,model,vocabulary",
 }
 OPS = tuple(SHAPES)
 #: Work of matrix products by direction, in forward passes: backward makes two products for each of forward's.
@@ -41,9 +44,9 @@ class Case:
     """One call. ``options`` are the public function's own keywords, except where a tensor is meant:
 
     ``nheads_kv`` (int), ``mask`` ("bool" | "additive", drawn at random; "padding": the second half of the keys is hidden),
-    ``mask_grad`` (False: the additive mask is a constant), ``alibi``, ``sinks``, ``residual``, ``bias`` (True gives that
-    tensor), ``lengths`` (key_lengths drawn at random), ``packed`` (the batch through attention_varlen), ``rotary`` (the number
-    of rotated components of a head).
+    ``mask_grad`` (False: the additive mask is a constant), ``alibi``, ``sinks``, ``residual``, ``bias``, ``class_weights`` (True
+    gives that tensor), ``ignored`` (every third target is ignore_index), ``lengths`` (key_lengths drawn at random), ``packed``
+    (the batch through attention_varlen), ``rotary`` (the number of rotated components of a head).
     """
 
     op: str
@@ -108,6 +111,9 @@ def quick_cases(op: str) -> list[Case]:
         "ffn": [Case(op, (35, 72, 136), {"activation": "gelu", "bias": True})],
         "glu_ffn": [Case(op, (35, 72, 136), {"activation": "swiglu"})],
         "rope": [Case(op, (2, 3, 19, 24), {})],
+        "linear": [Case(op, (35, 72, 136), {"bias": True, "residual": True})],
+        "cross_entropy": [Case(op, (35, 201), {"reduction": "none", "ignored": True})],
+        "linear_cross_entropy": [Case(op, (35, 72, 201), {"reduction": "none", "ignored": True})],
     }[op]
 
 
@@ -160,6 +166,18 @@ def full_cases(op: str) -> list[Case]:
             Case(op, (1, 2, 33, 64), {"interleaved": True}),
             Case(op, (1, 2, 33, 64), {"rotary": 32}),
         ],
+        "linear": [
+            Case(op, (64, 256, 320), {}),
+            Case(op, (1, 129, 257), {"bias": True}),
+        ],
+        "cross_entropy": [
+            Case(op, (35, 1031), {"class_weights": True, "label_smoothing": 0.1}),
+            Case(op, (70, 513), {"softcap": 5.0, "z_loss": 0.01, "reduction": "sum"}),
+        ],
+        "linear_cross_entropy": [
+            Case(op, (35, 129, 1031), {"bias": True, "label_smoothing": 0.1}),
+            Case(op, (70, 64, 513), {"softcap": 5.0, "z_loss": 0.01, "reduction": "sum"}),
+        ],
     }[op]
     return quick_cases(op) + more
 
@@ -194,6 +212,14 @@ def work(case: Case, dtype: torch.dtype, direction: str) -> tuple[float, str]:
             return elements * size, "GB/s"
         # Backward: the gradient of each product's input and of its weight, ×2.
         return 2 * tokens * elements * PASSES[direction], "GFLOP/s"
+    if case.op in ("linear", "linear_cross_entropy"):
+        rows, inputs, outputs = case.shape
+        if rows == 1 and direction == "forward":
+            return inputs * outputs * size, "GB/s"
+        return 2 * rows * inputs * outputs * PASSES[direction], "GFLOP/s"
+    if case.op == "cross_entropy":
+        # Forward reads the logits; backward reads them again and writes their gradient.
+        return PASSES[direction] * case.shape[0] * case.shape[1] * size, "GB/s"
     if case.op == "rope":
         elements = case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
         # Forward reads x and writes out; backward reads dout and writes dx. The angles (N, R/2) are 1/heads of that or
@@ -230,7 +256,7 @@ def roof(case: Case, direction: str) -> str:
     _, unit = work(case, torch.float32, direction)
     if unit == "GFLOP/s":
         return "matrix"
-    return "copy" if case.op in ("layer_norm", "rms_norm", "rope") else "read"
+    return "copy" if case.op in ("layer_norm", "rms_norm", "rope", "cross_entropy") else "read"
 
 
 def make_tensors(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
@@ -291,6 +317,29 @@ def make_tensors(case: Case, dtype: torch.dtype, device: torch.device, seed: int
         if options.get("bias"):
             for name in [name for name in tensors if name.startswith("w_")]:
                 draw("b" + name[1:], tensors[name].shape[0], scale=0.1)
+    elif case.op == "linear":
+        rows, inputs, outputs = case.shape
+        draw("x", rows, inputs)
+        draw("weight", outputs, inputs, scale=inputs**-0.5)
+        if options.get("bias"):
+            draw("bias", outputs)
+        if options.get("residual"):
+            draw("residual", rows, outputs)
+    elif case.op in ("cross_entropy", "linear_cross_entropy"):
+        tokens, vocabulary = case.shape[0], case.shape[-1]
+        if case.op == "cross_entropy":
+            draw("logits", tokens, vocabulary, scale=2.0)
+        else:
+            draw("x", tokens, case.shape[1])
+            draw("weight", vocabulary, case.shape[1], scale=2.0 * case.shape[1] ** -0.5)
+        if options.get("bias"):
+            draw("bias", vocabulary)
+        if options.get("class_weights"):
+            tensors["weight"] = torch.rand(vocabulary, generator=generator).add_(0.5).to(device, dtype)
+        target = torch.randint(0, vocabulary, (tokens,), generator=generator)
+        if options.get("ignored"):
+            target[::3] = -100
+        tensors["target"] = target.to(device)
     else:
         draw("x", *case.shape)
         rotary = options.get("rotary", case.shape[3])
@@ -320,6 +369,8 @@ def arguments(case: Case, t: dict[str, Tensor]) -> tuple[Callable[..., Any], lis
         "residual",
         "weight",
         "bias",
+        "class_weights",
+        "ignored",
         "rotary",
     )
     keywords = {key: value for key, value in case.options.items() if key not in spoken}

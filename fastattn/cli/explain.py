@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument("--mask", choices=("bool", "additive"))
     attention.add_argument("--alibi", action="store_true")
     attention.add_argument("--sinks", action="store_true")
-    others = parser.add_argument_group("norm, ffn, rope")
+    others = parser.add_argument_group("norm, linear, ffn, rope")
     others.add_argument("--residual", action="store_true")
     others.add_argument("--activation", help="default: gelu for ffn, swiglu for glu_ffn")
     others.add_argument("--interleaved", action="store_true")
@@ -49,6 +49,9 @@ TAKES = {
     "ffn": ("activation", "dropout_p"),
     "glu_ffn": ("activation", "dropout_p"),
     "rope": ("interleaved",),
+    "linear": ("residual",),
+    "cross_entropy": ("softcap",),
+    "linear_cross_entropy": ("softcap",),
 }
 
 

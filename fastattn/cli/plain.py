@@ -55,6 +55,13 @@ def plain_outputs(case: Case, t: dict[str, Tensor], product: Product | None = No
             t["x"], t["w_up"], t.get("b_up")
         )
         return {"out": product(_dropped(case, t, hidden), t["w_down"], t.get("b_down"))}
+    if case.op == "linear":
+        out = product(t["x"], t["weight"], t.get("bias"))
+        return {"out": out + t["residual"] if "residual" in t else out}
+    if case.op == "cross_entropy":
+        return {"out": _cross_entropy(case, t["logits"], t["target"], t.get("weight"))}
+    if case.op == "linear_cross_entropy":
+        return {"out": _cross_entropy(case, product(t["x"], t["weight"], t.get("bias")), t["target"], None)}
     x = t["x"]
     return {"out": _rope(x, t["cos"].to(x.dtype), t["sin"].to(x.dtype), bool(case.options.get("interleaved")))}
 
@@ -89,6 +96,20 @@ def _dropped(case: Case, t: dict[str, Tensor], x: Tensor) -> Tensor:
         return F.dropout(x, probability) if probability else x
     draw = attention_dropout if x.dim() == 4 else matrix_dropout
     return x * draw(x.shape, probability, t["rng_state"], x.device).to(x.dtype)
+
+
+def _cross_entropy(case: Case, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """F.cross_entropy, with softcap before it and z-loss (Chowdhery et al., "PaLM", 2022, §5) beside it."""
+    options, reduction = case.options, case.options.get("reduction", "mean")
+    if softcap := options.get("softcap"):
+        logits = softcap * torch.tanh(logits / softcap)
+    smoothing = options.get("label_smoothing", 0.0)
+    loss = F.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=smoothing)
+    if not (factor := options.get("z_loss", 0.0)):
+        return loss
+    kept = target >= 0
+    z = factor * logits.logsumexp(-1).square() * kept
+    return loss + (z if reduction == "none" else z.sum() if reduction == "sum" else z.sum() / kept.sum())
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

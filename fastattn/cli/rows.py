@@ -20,7 +20,8 @@ class Row:
     ``load`` is the machine's load average before the session began: above its cores, others were competing.
     A row with a bar (fastattn/cli/bars.py) has in ``bar`` what ``ratio`` must reach, in ``roofline_bar`` what
     ``roofline_percent`` must (None: no bar), and in ``errors`` for each of its results the relative Frobenius error against
-    float64 and the largest error, ours and the peer's. ``limits`` are the variables that limit ours and torch.
+    float64 and the largest error, ours and the peer's; with ``memory_bar`` it has in ``memory`` the bytes at the highest beyond
+    what the call returns. ``limits`` are the variables that limit ours and torch.
     ``verdict`` is "ok"; or "FAILED" (the check of this very shape did) or "unavailable", and then there are no figures
     and ``note`` says why.
     """

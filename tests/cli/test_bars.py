@@ -55,6 +55,7 @@ TABLE = {
         "rms_norm 8192x768 FASTATTN_ISA=avx2": ((1, 1), (1, 1), (2, 2)),
     },
     "ffn": {
+        "linear 2048x2048x2048": ((None,), (1.8,), (2,)),
         "ffn 2048x768x3072 gelu": ((1.9, 2.4), (2.2, 2.2), (2, 2)),
         "glu_ffn 2048x1024x2816 swiglu": ((2.0, 2.4), (2.2, 2.2), (2, 2)),
         "ffn 1x768x3072 gelu": ((1.8,), (1.15,), (2,)),
@@ -62,6 +63,7 @@ TABLE = {
         "ffn 2048x768x3072 gelu FASTATTN_ISA=avx512": ((1, 6), (1, 1), (2, 6)),
         "ffn 2048x768x3072 gelu FASTATTN_ISA=avx2": ((1, 6), (1, 1), (2, 6)),
     },
+    "loss": {"linear_cross_entropy 2048x768x50257": ((2.5,), (2.2,), (2,))},
     "layer": {
         "encoder_layer 16x128x768x12x3072": ((2,), (1.8,), (2,)),
         "encoder_layer 16x128x768x12x3072 dropout_p=0.1": ((5,), (2.5,), (2,)),
@@ -93,7 +95,17 @@ def test_the_bars_are_not_lowered():
         ("1x8x2048x128", "bfloat16"): (45, 33),
         ("1x8x2048x128", "float32"): (125, 125),
         ("layer_norm 8192x768", "bfloat16"): (80, None),
+        ("linear 2048x2048x2048", "bfloat16"): (75,),
     } | {(text, dtype): (85,) for text in decode for dtype in bars.DTYPES}  # fmt: skip
+
+
+def test_memory_of_the_loss_and_what_is_for_amx_alone():
+    lines = [line for group in bars.LINES.values() for line in group]
+    assert {line.text: line.memory for line in lines if line.memory} == {"linear_cross_entropy 2048x768x50257": 0.1}
+    (linear,) = [line for line in lines if line.amx_only]
+    assert linear.bar("float32", "forward", "amx")["bar"] == 1.8
+    assert linear.bar("float32", "forward", "avx512")["bar"] is None
+    assert linear.bar("float16", "forward", "avx512")["bar"] == 2
 
 
 def test_directions_of_the_lines():
@@ -257,6 +269,7 @@ SMALL = {
         Case("glu_ffn", (1, 8, 24), {"activation": "swiglu"}),
         {"out", "grad x", "grad w_gate", "grad w_up", "grad w_down"},
     ),
+    "loss": (Case("linear_cross_entropy", (9, 16, 33)), {"out", "grad x", "grad weight"}),
     "layer": (
         Case("encoder_layer", (2, 5, 16, 2, 24), {"dropout_p": 0.1}),
         {"out", "grad x", *(f"grad {name}" for name, _ in nn.TransformerEncoderLayer(16, 2, 24).named_parameters())},
@@ -320,6 +333,17 @@ def test_bars_of_the_language_model(short, tiny_model, monkeypatch, capsys):
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["verdict"] == "unavailable" and "pip install 'fastattn[hf]'" in row["note"]
     monkeypatch.undo()
+
+
+def test_memory_beyond_the_results(short, monkeypatch, capsys):
+    """65 columns of 4096 rows: the peer has logits and their gradient in memory, 1 MiB each; the gradients of x are results."""
+    case = Case("linear_cross_entropy", (4096, 8, 65))
+    line = Line(case, (1e-9,), (1e-9,), (1e-9,), passes=bars.TOGETHER[1:], memory=100.0)
+    monkeypatch.setattr(bars.Line, "peers", ("eager",))
+    monkeypatch.setitem(bars.LINES, "loss", (line,))
+    assert cli.main(["bench", "loss", "--dtype", "float32", "--seconds", "0.001", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["memory_bar"] == 100 and row["memory"] >= 0 and row["peer_memory"] > 2**20
 
 
 def test_reading_the_weights_is_what_one_token_takes(tiny_model):

@@ -34,6 +34,9 @@ CPU = torch.device("cpu")
         (Case("ffn", (2, 3, 5), {"activation": "gelu"}), 4 * 30, 12 * 30, "GFLOP/s"),
         (Case("glu_ffn", (2, 3, 5), {"activation": "swiglu"}), 6 * 30, 18 * 30, "GFLOP/s"),
         (Case("rope", (1, 2, 3, 4)), 2 * 24 * 4, 4 * 24 * 4, "GB/s"),
+        (Case("linear", (2, 3, 5)), 2 * 30, 6 * 30, "GFLOP/s"),
+        (Case("cross_entropy", (3, 7)), 21 * 4, 3 * 21 * 4, "GB/s"),
+        (Case("linear_cross_entropy", (2, 3, 5)), 2 * 30, 6 * 30, "GFLOP/s"),
     ],
 )
 def test_work_counts(case, forward, both, unit):
