@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.nn._fusion import project
+from fastattn.nn._fusion import classify, project
 from fastattn.ops._select import IMPLEMENTATIONS
 from fastattn.ops.attention import attention
 from fastattn.ops.ffn import ffn, glu_ffn
@@ -365,11 +364,9 @@ class Transformer(nn.Module):
             x, residual = (t[rows - 1 :: rows] for t in (x, residual))  # type: ignore[index]
         y, _ = self.norm(x, residual)
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits = project(y, head, None, self.config.implementation).view(batch, -1, head.shape[0])
-        if targets is None:
-            return logits
-        wide = logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
-        return F.cross_entropy(wide, targets.flatten().long(), ignore_index=-100)
+        if targets is not None:
+            return classify(y, head, targets.flatten(), self.config.implementation)
+        return project(y, head, None, self.config.implementation).view(batch, -1, head.shape[0])
 
     def _locate(self, tokens: Tensor, cache: KVCache | None) -> tuple[Tensor, Context]:
         """Positions (N,), or (B, N) in a padded batch, and what follows from them."""

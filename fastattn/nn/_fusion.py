@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as module_globals
 
 from fastattn.ops.linear import linear
+from fastattn.ops.loss import linear_cross_entropy
+from fastattn.reference.precision import accumulation_dtype
 
 
 def runs_only(module: Any, cls: type[nn.Module]) -> bool:
@@ -45,16 +47,32 @@ def is_plain_linear(module: Any) -> bool:
     )
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
-    """``x weightᵀ + bias`` by :func:`fastattn.linear` where that has the implementation and the tensors are plain, else by torch.
+def _has_linear(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> bool:
+    """Whether fastattn's linear operations have the implementation and the tensors are plain.
 
     Plain: not nested, and no parameter is a subclass (sharded, quantized), which knows its own product.
     """
     asked = os.environ.get("FASTATTN_IMPLEMENTATION", "auto") if implementation == "auto" else implementation
-    plain = all(p is None or type(p) in (nn.Parameter, Tensor) for p in (weight, bias))
-    if asked in ("cuda", "triton") or not plain or x.is_nested:
+    plain = type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
+    return plain and not x.is_nested and asked not in ("cuda", "triton")
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
+    """``x weightᵀ + bias`` by :func:`fastattn.linear` where that can, else by torch."""
+    if not _has_linear(x, weight, bias, implementation):
         return F.linear(x, weight, bias)
     return linear(x, weight, bias, implementation=implementation)
+
+
+def classify(x: Tensor, weight: Tensor, target: Tensor, implementation: str) -> Tensor:
+    """The mean cross-entropy of the logits ``x weightᵀ``, x (T, K) and target (T,): -100 is ignored.
+
+    By :func:`fastattn.linear_cross_entropy` where that can, else by torch from logits in the accumulation dtype.
+    """
+    if not _has_linear(x, weight, None, implementation):
+        logits = F.linear(x, weight)
+        return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), target.long())
+    return linear_cross_entropy(x, weight, target.long(), implementation=implementation)
 
 
 def dropout_probability(module: Any) -> float | None:
