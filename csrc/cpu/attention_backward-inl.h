@@ -123,8 +123,8 @@ class AttentionBackward {
     if (cached_ == b * p_.heads_kv + kv) return;
     cached_ = b * p_.heads_kv + kv;
     enter_sequence(p_, b);
-    const S* k = static_cast<const S*>(p_.k) + b * p_.k_stride[0] + kv * p_.k_stride[1] + p_.first_key * p_.k_stride[2];
-    const S* v = static_cast<const S*>(p_.v) + b * p_.v_stride[0] + kv * p_.v_stride[1] + p_.first_key * p_.v_stride[2];
+    const S* k = row_at<S>(p_.k, p_.k_stride, b, kv, p_.first_key);
+    const S* v = row_at<S>(p_.v, p_.v_stride, b, kv, p_.first_key);
     keys_.reset(k, p_.k_stride[2], p_.keys);
     if (for_queries_) key_columns_.reset(k, p_.k_stride[2], p_.keys);
     values_.reset(v, p_.v_stride[2], p_.keys);
@@ -214,8 +214,8 @@ class AttentionBackward {
     const Range rows{own.q_begin, own.q_begin + std::min(queries_together() * kAttentionQueries, own.rows)};
     const Range keys{own.k_begin, own.k_begin + std::min(kAttentionKeys, own.keys)};
     const auto add = [&](const void* x, const int64_t (&stride)[3], int64_t index, int64_t channels, Range range) {
-      const S* from = static_cast<const S*>(x) + b * stride[0] + index * stride[1] + range.begin * stride[2];
-      ahead_.add(from, channels * size, stride[2] * size, range.end - range.begin);
+      ahead_.add(row_at<S>(x, stride, b, index, range.begin), channels * size, stride[2] * size,
+                 range.end - range.begin);
     };
     add(p_.q, p_.q_stride, h, p_.head_dim, rows);
     add(p_.dout, p_.dout_stride, h, p_.head_dim_v, rows);
@@ -258,10 +258,9 @@ class AttentionBackward {
     x->block.lanes = round_up(block.rows, G::kNr);
     x->visible = visible_keys(p_, row, block.rows);
     const int64_t at = p_.first_row + row;
-    const S* q = static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + at * p_.q_stride[2];
-    const S* dout =
-        static_cast<const S*>(p_.dout) + b * p_.dout_stride[0] + h * p_.dout_stride[1] + at * p_.dout_stride[2];
-    const S* out = static_cast<const S*>(p_.out) + b * p_.out_stride[0] + h * p_.out_stride[1] + at * p_.out_stride[2];
+    const S* q = row_at<S>(p_.q, p_.q_stride, b, h, at);
+    const S* dout = row_at<S>(p_.dout, p_.dout_stride, b, h, at);
+    const S* out = row_at<S>(p_.out, p_.out_stride, b, h, at);
     int64_t ld_q = p_.q_stride[2], ld_dout = p_.dout_stride[2];
     if (statistics(*x, dout, out)) {
       S* staged = staged_ + kAttentionQueries * p_.head_dim;

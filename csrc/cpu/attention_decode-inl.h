@@ -150,8 +150,7 @@ class AttentionDecode {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = kv * group_ + r / p_.rows, i = r % p_.rows;
-      const S* q =
-          static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] + (p_.first_row + i) * p_.q_stride[2];
+      const S* q = row_at<S>(p_.q, p_.q_stride, b, h, p_.first_row + i);
       for (int64_t d = 0; d < ld_q_; d += V::kLanes) {
         V::load_n(q + d, std::min<int64_t>(V::kLanes, p_.head_dim - d)).store(q_ + r * ld_q_ + d);
       }
@@ -194,13 +193,12 @@ class AttentionDecode {
     return p_.block_table != nullptr || cache <= kDecodeNear ? 0 : kDecodeAhead / (channels * size) + 1;
   }
   DecodeAhead<S> after_keys(int64_t b, int64_t kv, int64_t key, const S* k, int64_t n) const {
-    const S* v = static_cast<const S*>(p_.v) + b * p_.v_stride[0] + kv * p_.v_stride[1];
-    return {k, p_.k_stride[2], n, v + (p_.first_key + key) * p_.v_stride[2], p_.v_stride[2], distance(p_.head_dim)};
+    const S* v = row_at<S>(p_.v, p_.v_stride, b, kv, p_.first_key + key);
+    return {k, p_.k_stride[2], n, v, p_.v_stride[2], distance(p_.head_dim)};
   }
   DecodeAhead<S> after_values(int64_t b, int64_t kv, int64_t key, const S* v, int64_t n) const {
-    const S* k = static_cast<const S*>(p_.k) + b * p_.k_stride[0] + kv * p_.k_stride[1];
-    const int64_t next = p_.first_key + key + n;
-    return {v, p_.v_stride[2], n, k + next * p_.k_stride[2], p_.k_stride[2], distance(p_.head_dim_v)};
+    const S* k = row_at<S>(p_.k, p_.k_stride, b, kv, p_.first_key + key + n);
+    return {v, p_.v_stride[2], n, k, p_.k_stride[2], distance(p_.head_dim_v)};
   }
 
   // f(number of rows as a type, first row) for all rows, several at a time.
@@ -334,8 +332,7 @@ class AttentionDecode {
       }
     }
     const V inverse(l == A(0) ? A(0) : A(1) / l);
-    S* out =
-        static_cast<S*>(p_.out) + b * p_.out_stride[0] + h * p_.out_stride[1] + (p_.first_row + i) * p_.out_stride[2];
+    S* out = row_at<S>(p_.out, p_.out_stride, b, h, p_.first_row + i);
     for (int64_t d = 0; d < p_.head_dim_v; d += V::kLanes) {
       (V::load(o_ + d) * inverse).store_n(out + d, std::min<int64_t>(V::kLanes, p_.head_dim_v - d));
     }

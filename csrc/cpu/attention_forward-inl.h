@@ -80,13 +80,8 @@ class AttentionForward {
     return std::max<int64_t>(1, std::min(kQueryBlocksTogether, kResidentBytes / std::max<int64_t>(1, state)));
   }
 
-  const S* query_row(int64_t b, int64_t h, int64_t row) const {
-    return static_cast<const S*>(p_.q) + b * p_.q_stride[0] + h * p_.q_stride[1] +
-           (p_.first_row + row) * p_.q_stride[2];
-  }
   S* out_row(const ScoreBlock& block) const {
-    return static_cast<S*>(p_.out) + block.batch * p_.out_stride[0] + block.head * p_.out_stride[1] +
-           (p_.first_row + block.row) * p_.out_stride[2];
+    return row_at<S>(p_.out, p_.out_stride, block.batch, block.head, p_.first_row + block.row);
   }
 
   // The query blocks [first, first + count) of a head, together. `next` is the work item that follows, or -1.
@@ -120,7 +115,8 @@ class AttentionForward {
     x->block.lanes = round_up(x->block.rows, G::kNr);
     x->visible = visible_keys(p_, row, x->block.rows);
     x->empty = true;
-    G::pack_transposed(query_row(b, h, row), p_.q_stride[2], p_.head_dim, x->block.rows, x->q);
+    const S* q = row_at<S>(p_.q, p_.q_stride, b, h, p_.first_row + row);
+    G::pack_transposed(q, p_.q_stride[2], p_.head_dim, x->block.rows, x->q);
     // A sink is a score that has been seen and carries no value.
     const A sink = p_.sinks != nullptr ? static_cast<const A*>(p_.sinks)[h] * kLogUnit<A> : 0;
     std::fill_n(x->m, x->block.lanes, p_.sinks != nullptr ? sink : -std::numeric_limits<A>::infinity());
@@ -156,15 +152,12 @@ class AttentionForward {
     const Sequence own = sequence_of(p_, next_b);
     const int64_t row = index * kAttentionQueries, kv = next_h / group;
     const int64_t rows = std::min(kAttentionQueries, own.rows - row);
-    const S* q = query_row(next_b, next_h, row) + (own.q_begin - p_.first_row) * p_.q_stride[2];
-    add(q, p_.q_stride[2], p_.head_dim, rows);
+    add(row_at<S>(p_.q, p_.q_stride, next_b, next_h, own.q_begin + row), p_.q_stride[2], p_.head_dim, rows);
     fetch_mask(p_, ScoreBlock{next_b, next_h, row, rows, 0, 0, std::min(kAttentionKeys, own.keys)}, &ahead_);
     if (next_b == b && kv == h / group) return;
     const int64_t keys = std::min(kAttentionKeys, own.keys);
-    const S* k = static_cast<const S*>(p_.k) + next_b * p_.k_stride[0] + kv * p_.k_stride[1];
-    const S* v = static_cast<const S*>(p_.v) + next_b * p_.v_stride[0] + kv * p_.v_stride[1];
-    add(k + own.k_begin * p_.k_stride[2], p_.k_stride[2], p_.head_dim, keys);
-    add(v + own.k_begin * p_.v_stride[2], p_.v_stride[2], p_.head_dim_v, keys);
+    add(row_at<S>(p_.k, p_.k_stride, next_b, kv, own.k_begin), p_.k_stride[2], p_.head_dim, keys);
+    add(row_at<S>(p_.v, p_.v_stride, next_b, kv, own.k_begin), p_.v_stride[2], p_.head_dim_v, keys);
   }
 
   // Returns whether the block contributed.

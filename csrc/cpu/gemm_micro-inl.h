@@ -126,6 +126,17 @@ inline void gemm_rows(int64_t rows, bool accumulate, Args... args) {
   }
 }
 
+// f(rows of each, how many, first row, blocks before) for blocks of at most kGemmRows rows: split evenly, so that the
+// first of them have one row more.
+template <class F>
+inline void for_row_blocks(int64_t M, const F& f) {
+  const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
+  if (blocks == 0) return;
+  const int64_t low = M / blocks, tall = M - low * blocks;
+  if (tall > 0) f(low + 1, tall, int64_t{0}, int64_t{0});
+  f(low, blocks - tall, tall * (low + 1), tall);
+}
+
 // A packed B up to this size stays in the L1 cache while the rows of A pass it once.
 constexpr int64_t kGemmSmallOperand = 32 << 10;
 
@@ -137,8 +148,6 @@ inline void gemm_multiply(const typename Ops::T* a, int64_t lda, const typename 
                           int64_t K, typename Ops::A* c, int64_t ldc, bool accumulate) {
   const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
   if (blocks == 0) return;
-  // Rows split evenly: the first `tall` blocks have one more than the others.
-  const int64_t low = M / blocks, tall = M - low * blocks;
   const int64_t panel_size = Ops::kNr * round_up(K, Ops::kStep);
   const int64_t together =
       panel_size * N * static_cast<int64_t>(sizeof(*packed)) <= kGemmSmallOperand * Ops::kNr ? N / Ops::kNr : 0;
@@ -151,15 +160,10 @@ inline void gemm_multiply(const typename Ops::T* a, int64_t lda, const typename 
     const char* ahead = reinterpret_cast<const char*>(more ? b + panel_size : b);
     const int64_t ahead_step = more ? share_step : 0;
     const int64_t columns = std::min<int64_t>(Ops::kNr, N - n);
-    int64_t row = 0;
-    for (const bool is_tall : {true, false}) {
-      const int64_t rows = low + is_tall, count = is_tall ? tall : blocks - tall;
-      if (count == 0 || rows == 0) continue;
+    for_row_blocks(M, [&](int64_t rows, int64_t count, int64_t row, int64_t before) {
       gemm_rows<Ops, kGemmVectors, false>(rows, accumulate, count, panels, panel_size, a + row * lda, lda, b, K,
-                                          c + row * ldc + n, ldc, columns, ahead, ahead_step);
-      row += rows * count;
-      ahead += share * count;
-    }
+                                          c + row * ldc + n, ldc, columns, ahead + before * share, ahead_step);
+    });
     n += panels * Ops::kNr;
   }
 }
@@ -169,18 +173,12 @@ inline void gemm_multiply(const typename Ops::T* a, int64_t lda, const typename 
 template <class Ops>
 inline void gemm_multiply_columns(const typename Ops::T* a, int64_t lda, const typename Ops::T* packed, int64_t M,
                                   int64_t N, int64_t K, typename Ops::A* c, int64_t ldc, bool accumulate) {
-  const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
-  const int64_t low = M / blocks, tall = M - low * blocks;
   const int64_t panel_size = Ops::kNr * round_up(K, Ops::kStep);
-  int64_t row = 0;
-  for (const bool is_tall : {true, false}) {
-    const int64_t rows = low + is_tall, count = is_tall ? tall : blocks - tall;
-    if (count == 0) continue;
+  for_row_blocks(M, [&](int64_t rows, int64_t count, int64_t row, int64_t /*before*/) {
     gemm_rows<Ops, kGemmVectors, true>(rows, accumulate, count, N / Ops::kNr, panel_size, a + row * Ops::kStep, lda,
                                        packed, K, c + row * ldc, ldc, int64_t{Ops::kNr},
                                        reinterpret_cast<const char*>(packed), int64_t{0});
-    row += rows * count;
-  }
+  });
 }
 
 // float and double operands.

@@ -179,8 +179,8 @@ void for_items(Params p, int64_t heads, int64_t each, const Items& items, const 
   }
   p.items_before = items.before.data();
   const int64_t total = heads * items.before.back();
-  const int64_t parts = std::min<int64_t>(total, torch::stable::get_num_threads());
-  parallel_for(parts, 1, [&](Range range) {
+  const int64_t parts = std::min<int64_t>(total, kChunksPerThread * torch::stable::get_num_threads());
+  parallel_chunks(parts, 1, [&](Range range) {
     f(p, Range{split(items, heads, range.begin, parts), split(items, heads, range.end, parts)});
   });
 }

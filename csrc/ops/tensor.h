@@ -53,6 +53,8 @@ void parallel_for(int64_t items, int64_t grain, const F& f) {
   if (failed) std::rethrow_exception(failure);
 }
 
+constexpr int64_t kChunksPerThread = 4;
+
 // The same where items differ in cost or threads in speed: threads take chunks as they get free, the last first (the
 // last rows of a causal head see most keys). A chunk is of whole groups of `group` items, which share work, if there
 // are enough of them.
@@ -60,7 +62,6 @@ template <class F>
 void parallel_chunks(int64_t items, int64_t group, const F& f) {
   const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
   if (threads <= 1) return parallel_for(items, items, f);
-  constexpr int64_t kChunksPerThread = 4;
   int64_t size = (items + kChunksPerThread * threads - 1) / (kChunksPerThread * threads);
   if (group > 0 && items / group >= 2 * threads) size = (size + group - 1) / group * group;
   const int64_t chunks = (items + size - 1) / size;
