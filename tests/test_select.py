@@ -1,5 +1,9 @@
 """The ladder: who is chosen, by name or automatically, and what explain says of it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -66,15 +70,27 @@ def test_a_name_computes_or_raises_and_never_falls_back(monkeypatch: pytest.Monk
         fastattn.attention(Q, Q, Q, implementation="gpu")
 
 
-def test_environment_replaces_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTATTN_IMPLEMENTATION", "reference")
-    assert fastattn.explain(fastattn.attention, Q, Q, Q).implementation == "reference"
-    if _library.has_cpu:
-        named = fastattn.explain(lambda: fastattn.attention(Q, Q, Q, implementation="cpu"))
-        assert named.implementation == "cpu"
-    monkeypatch.setenv("FASTATTN_IMPLEMENTATION", "fastest")
-    with pytest.raises(ValueError, match="implementation: got 'fastest'"):
+def test_auto_alone_is_replaced() -> None:
+    with _select.replacing_auto("reference"):
+        assert fastattn.explain(fastattn.attention, Q, Q, Q).implementation == "reference"
+        if _library.has_cpu:
+            named = fastattn.explain(lambda: fastattn.attention(Q, Q, Q, implementation="cpu"))
+            assert named.implementation == "cpu"
+    with (
+        _select.replacing_auto("fastest"),
+        pytest.raises(ValueError, match="implementation: got 'fastest'"),
+    ):
         fastattn.attention(Q, Q, Q)
+
+
+def test_the_environment_replaces_auto_from_import_on() -> None:
+    script = (
+        "import torch, fastattn; q = torch.randn(1, 2, 3, 4);"
+        "print(fastattn.explain(fastattn.attention, q, q, q).implementation)"
+    )
+    environment = os.environ | {"FASTATTN_IMPLEMENTATION": "reference"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "reference"
 
 
 def test_a_gpu_implementation_enters_auto_only_with_a_result(monkeypatch: pytest.MonkeyPatch) -> None:

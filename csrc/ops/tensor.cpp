@@ -1,5 +1,6 @@
 #include "ops/tensor.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -88,8 +89,22 @@ DType dtype_of(const Tensor& x) {
 
 ScalarType accumulation_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
+constexpr size_t kMostDims = 4;
+
+// Straight to the allocator: torch::stable::empty looks its operator up by name on every call, which takes 1 µs.
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  const Tensor x = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+  FASTATTN_CHECK(shape.size() <= kMostDims, "empty: more dimensions than any result has");
+  int64_t stride[kMostDims];
+  int64_t count = 1;
+  for (int64_t i = static_cast<int64_t>(shape.size()); i-- > 0;) {
+    stride[i] = count;
+    count *= std::max<int64_t>(1, shape.begin()[i]);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride,
+                                                         static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  const Tensor x(handle);
   prefer_huge_pages(x);
   return x;
 }

@@ -6,7 +6,6 @@ The same calls in torch's functions are in plain.py, those that are whole module
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.cli import modules
+from fastattn.ops._select import replacing_auto
 
 Outputs = dict[str, Tensor]
 Product = Callable[..., Tensor]
@@ -409,7 +409,7 @@ def prepare(case: Case, t: dict[str, Tensor], implementation: str) -> Callable[[
     if case.op != "scaled_dot_product_attention":
         call = functools.partial(function, *positional, **keywords, implementation=implementation)
     else:
-        call = functools.partial(_with_environment, implementation, function, *positional, **keywords)
+        call = functools.partial(_with_auto, implementation, function, *positional, **keywords)
 
     def run() -> Outputs:
         result = call()
@@ -418,16 +418,9 @@ def prepare(case: Case, t: dict[str, Tensor], implementation: str) -> Callable[[
     return run
 
 
-def _with_environment(implementation: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_auto(implementation: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """scaled_dot_product_attention has torch's signature and no keyword ``implementation``."""
     if implementation == "auto":
         return function(*args, **kwargs)
-    before = os.environ.get("FASTATTN_IMPLEMENTATION")
-    os.environ["FASTATTN_IMPLEMENTATION"] = implementation
-    try:
+    with replacing_auto(implementation):
         return function(*args, **kwargs)
-    finally:
-        if before is None:
-            del os.environ["FASTATTN_IMPLEMENTATION"]
-        else:
-            os.environ["FASTATTN_IMPLEMENTATION"] = before

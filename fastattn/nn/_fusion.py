@@ -8,7 +8,6 @@ in memory (a sharded or quantized tensor subclass). Everything that does not pas
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as module_globals
 
+from fastattn.ops._select import asked
 from fastattn.ops.linear import linear
 from fastattn.ops.loss import linear_cross_entropy
 from fastattn.reference.precision import accumulation_dtype
@@ -52,9 +52,8 @@ def _has_linear(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: 
 
     Plain: not nested, and no parameter is a subclass (sharded, quantized), which knows its own product.
     """
-    asked = os.environ.get("FASTATTN_IMPLEMENTATION", "auto") if implementation == "auto" else implementation
     plain = type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
-    return plain and not x.is_nested and asked not in ("cuda", "triton")
+    return plain and not x.is_nested and asked(implementation) not in ("cuda", "triton")
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:

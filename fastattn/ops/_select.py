@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ IMPLEMENTATIONS = ("cuda", "triton", "cpu", "reference")
 #: (operation, implementation, architecture) that a committed result file shows correct and not slower than the rung below.
 #: `auto` takes a GPU implementation only from here; asking by name always works.
 PROVEN_ON_GPU: frozenset[tuple[str, str, str]] = frozenset()
+
+#: What ``auto`` means: ``FASTATTN_IMPLEMENTATION`` as it was at import (a look into the environment takes 1 µs a call).
+_auto = os.environ.get("FASTATTN_IMPLEMENTATION", "auto")
 
 #: A rung's answer for a call: None if it computes it, else the reason why not.
 WhyNot = Callable[[], str | None]
@@ -63,21 +67,37 @@ def explain(function: Callable[..., object], *args: object, **kwargs: object) ->
     raise ValueError(f"function: {getattr(function, '__name__', function)!r} reached no fastattn operation")
 
 
+@contextmanager
+def replacing_auto(implementation: str) -> Iterator[None]:
+    """Within it ``auto`` means ``implementation``, in this process: for calls that have no such keyword."""
+    global _auto
+    before, _auto = _auto, implementation
+    try:
+        yield
+    finally:
+        _auto = before
+
+
+def asked(implementation: str) -> str:
+    """``implementation``, or what ``auto`` means now."""
+    return _auto if implementation == "auto" else implementation
+
+
 def choose(op: str, implementation: str, device: torch.device, why_not: dict[str, WhyNot]) -> str:
     """The implementation that runs this call.
 
     ``why_not`` holds the op's own answer per rung; rungs missing from it are not built for the op. ``auto`` takes the first that
-    computes the call; a name computes or raises NotImplementedError. ``FASTATTN_IMPLEMENTATION`` replaces ``auto``.
+    computes the call; a name computes or raises NotImplementedError. ``FASTATTN_IMPLEMENTATION``, read at import, replaces
+    ``auto``.
     """
-    if implementation == "auto":
-        implementation = os.environ.get("FASTATTN_IMPLEMENTATION", "auto")
+    implementation = asked(implementation)
+    # The common call in short, small calls feel every microsecond: on the CPU `auto` never takes a rung above cpu.
+    short = implementation == "auto" and _library.cpu_is_fast and device.type == "cpu" and not _explaining
+    if short and "cpu" in why_not and why_not["cpu"]() is None:
+        return "cpu"
     if implementation not in ("auto", *IMPLEMENTATIONS):
         allowed = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"implementation: got {implementation!r}, allowed are {allowed}")
-    # The common call in short, small calls feel every microsecond: on the CPU `auto` never takes a rung above cpu.
-    short = implementation == "auto" and device.type == "cpu" and _library.cpu_is_fast and not _explaining
-    if short and "cpu" in why_not and why_not["cpu"]() is None:
-        return "cpu"
     if _explaining:
         raise _Explained(_explanation(op, implementation, device, why_not))
     if implementation != "auto":

@@ -21,6 +21,11 @@ from fastattn.reference.precision import accumulation_dtype
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 
+#: Defaults, recognized by identity: what is left out needs no check.
+_UNLIMITED = (-1, -1)
+_OFF = 0.0
+
+
 class _Options(NamedTuple):
     """The arguments of the operators that are not tensors, in the schema's order."""
 
@@ -32,8 +37,10 @@ class _Options(NamedTuple):
     dropout_p: float
 
 
-def _operator(triton: bool, direction: str) -> Any:
-    return getattr(torch.ops.fastattn, f"triton_attention_{direction}" if triton else f"attention_{direction}")
+_forward = torch.ops.fastattn.attention_forward.default
+_triton_forward = torch.ops.fastattn.triton_attention_forward.default
+_backward = torch.ops.fastattn.attention_backward.default
+_triton_backward = torch.ops.fastattn.triton_attention_backward.default
 
 
 def _formula(
@@ -55,7 +62,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, rng_state, sequences, block_table, triton = args[:10]
-        return _operator(triton, "forward")(*tensors, *args[10:], rng_state, *_given(sequences, block_table))
+        return (_triton_forward if triton else _forward)(
+            *tensors, *args[10:], rng_state, *_given(sequences, block_table)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -101,7 +110,7 @@ class _AttentionGradient(torch.autograd.Function):
         wanted, options = rest[:3], rest[3:]
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        return _operator(triton, "backward")(
+        return (_triton_backward if triton else _backward)(
             dout, dlse, q, k, v, out, lse, attn_mask, alibi_slopes, sinks, *options, rng_state, *wanted,
             *_given(sequences),
         )  # fmt: skip
@@ -130,12 +139,12 @@ def attention(
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int, int] = _UNLIMITED,
+    softcap: float = _OFF,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     softmax_scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = _OFF,
     rng_state: Tensor | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
@@ -192,7 +201,7 @@ def _options(
     softcap: float,
     dropout_p: float,
 ) -> _Options:
-    left, right = _check_window(window_size)
+    left, right = (-1, -1) if window_size is _UNLIMITED else _check_window(window_size)
     return _Options(
         1 / math.sqrt(q.shape[-1])
         if softmax_scale is None
@@ -200,8 +209,8 @@ def _options(
         left,
         0 if causal else right,
         diagonal,
-        _check_softcap(softcap),
-        _validate.dropout(dropout_p),
+        0.0 if softcap is _OFF else _check_softcap(softcap),
+        0.0 if dropout_p is _OFF else _validate.dropout(dropout_p),
     )
 
 
@@ -226,14 +235,33 @@ def scaled_dot_product_attention(
     """
     device_type = getattr(getattr(query, "device", None), "type", "cpu")
     query, key, value = _validate.autocast(device_type, query, key, value)  # type: ignore[assignment]
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if _validate.tensor(name, x).dim() < 2:
-            raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: must be None when is_causal=True")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, allowed are finite numbers")
+    q, k, v, lead = query, key, value, None
+    if not _fits(q, k, v) or (q.shape[1] != k.shape[1] and not enable_gqa):
+        q, k, v, lead = _broadcast(query, key, value, enable_gqa)
+    options = _Options(
+        1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+        -1,
+        0 if is_causal else -1,
+        0,
+        0.0,
+        _validate.dropout(dropout_p),
+    )
+    mask = attn_mask if attn_mask is None or lead is None else _mask_as_4d(attn_mask, lead, q.shape[2], k.shape[2])
+    out, _ = _attend(q, k, v, mask, None, None, None, options, "auto")
+    return out if lead is None else out.reshape(*lead, *out.shape[-2:])
 
+
+def _broadcast(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """q, k and v with their leading dimensions broadcast against each other, as 4-D, and those dimensions."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if _validate.tensor(name, x).dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
     heads_dim = 1 if min(query.dim(), key.dim(), value.dim()) >= 3 else 0
     try:
         lead = torch.broadcast_shapes(*(x.shape[: -2 - (heads_dim if enable_gqa else 0)] for x in (query, key, value)))
@@ -244,21 +272,10 @@ def scaled_dot_product_attention(
         ) from None
     tail = 3 if enable_gqa and heads_dim else 2
     q, k, v = (_as_4d(x.expand(*lead, *x.shape[-tail:])) for x in (query, key, value))
-    out_lead = (*lead, query.shape[-3]) if tail == 3 else lead
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError(f"key: {k.shape[1]} heads but query has {q.shape[1]}; pass enable_gqa=True")
     _check_qkv(q, k, v, ("query", "key", "value"))
-    options = _Options(
-        1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
-        -1,
-        0 if is_causal else -1,
-        0,
-        0.0,
-        _validate.dropout(dropout_p),
-    )
-    mask = None if attn_mask is None else _mask_as_4d(attn_mask, out_lead, q.shape[2], k.shape[2])
-    out, _ = _attend(q, k, v, mask, None, None, None, options, "auto")
-    return out.reshape(*out_lead, *out.shape[-2:])
+    return q, k, v, (*lead, query.shape[-3]) if tail == 3 else tuple(lead)
 
 
 def _attend(
@@ -289,13 +306,15 @@ def _attend(
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
     if chosen == "reference":
         return _formula(options, rng_state, sequences, block_table)(q, k, v, attn_mask, alibi_slopes, sinks)
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    tensors = (q, k, v, attn_mask, alibi_slopes, sinks)
     triton = chosen == "triton"
+    if triton:
+        q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    tensors = (q, k, v, attn_mask, alibi_slopes, sinks)
     if wants_gradient(*tensors):
         state = (rng_state, sequences, block_table, triton)
         return (_AttentionDual if forward_mode() else _Attention).apply(*tensors, *state, *options)
-    return _operator(triton, "forward")(*tensors, *options, rng_state, *_given(sequences, block_table))
+    forward = _triton_forward if triton else _forward
+    return forward(*tensors, *options, rng_state, *_given(sequences, block_table))
 
 
 def _triton_why_not(q: Tensor, v: Tensor, sequences: Tensor | None) -> str | None:
@@ -326,7 +345,25 @@ def _mask_as_4d(mask: Tensor, lead: tuple[int, ...], rows: int, columns: int) ->
         ) from None
 
 
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether ``_check_qkv`` finds nothing, at a glance: calls of a few rows feel the microseconds of its questions."""
+    for x in (q, k, v):
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested or x.dim() != 4:
+            return False
+    if q.dtype not in _validate.DTYPES or k.dtype is not q.dtype or v.dtype is not q.dtype:
+        return False
+    if k.device != q.device or v.device != q.device:
+        return False
+    batch, heads, _, head_dim = q.shape
+    batch_k, heads_k, keys, head_dim_k = k.shape
+    batch_v, heads_v, keys_v, head_dim_v = v.shape
+    alike = batch == batch_k == batch_v and heads_k == heads_v and keys == keys_v and head_dim == head_dim_k
+    return alike and head_dim > 0 and head_dim_v > 0 and (heads == heads_k or (heads_k > 0 and heads % heads_k == 0))
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+    if _fits(q, k, v):
+        return
     for name, x in zip(names, (q, k, v), strict=True):
         _validate.floating(name, _validate.tensor(name, x, 4))
         _validate.like(name, x, names[0], q)
