@@ -12,7 +12,7 @@
 // their gradients has its place in a 1 MiB L2 cache beside them.
 constexpr int64_t kQueryBlocksResident = 8;
 constexpr int64_t kResidentQueries = 192 << 10;
-// Key blocks of a chunk in stage kKeys, for which queries are prepared once.
+// Key blocks of a chunk in stage kKeys, and tiles in stage kMask, for which queries are prepared once.
 constexpr int64_t kKeyBlocksTogether = 4;
 
 template <class S>
@@ -29,6 +29,7 @@ class AttentionBackward {
       : p_(p),
         for_queries_(p.stage == AttentionStage::kAll || p.stage == AttentionStage::kQueries),
         for_keys_(p.stage == AttentionStage::kAll || p.stage == AttentionStage::kKeys),
+        one_pass_(p.stage == AttentionStage::kAll && group() == 1 && query_blocks() <= queries_together()),
         keys_(scratch, p.keys, p.head_dim),
         values_(scratch, p.keys, p.head_dim_v),
         key_columns_(scratch, for_queries_ ? p.keys : 0, p.head_dim, &keys_),
@@ -42,7 +43,7 @@ class AttentionBackward {
         ds_packed_(scratch.take<T>(G::packed_size(kAttentionKeys, kAttentionQueries))),
         dk_(scratch.take<A>(accumulated_keys() * p.head_dim)),
         dv_(scratch.take<A>(accumulated_keys() * p.head_dim_v)),
-        mask_sum_(scratch.take<A>(p.stage == AttentionStage::kMask ? kTile : 0)) {
+        mask_sum_(scratch.take<A>(p.stage == AttentionStage::kMask ? kKeyBlocksTogether * kTile : 0)) {
     for (int64_t i = 0; i < queries_together(); ++i) {
       QueryBlock& x = state_[i];
       x.q_transposed = scratch.take<T>(G::packed_size(p.head_dim, kAttentionQueries));
@@ -80,9 +81,13 @@ class AttentionBackward {
           item += count;
           break;
         }
-        case AttentionStage::kMask:
-          mask_tile(item++);
+        case AttentionStage::kMask: {
+          const int64_t across = mask_tiles(3, kAttentionKeys);
+          const int64_t count = std::min({kKeyBlocksTogether, across - item % across, range.end - item});
+          mask_row_of_tiles(item, count);
+          item += count;
           break;
+        }
         case AttentionStage::kFinish:
           finish_head(item++);
           break;
@@ -104,9 +109,9 @@ class AttentionBackward {
   int64_t key_index(int64_t b, int64_t kv) const { return b * p_.key_stride[0] + kv * p_.key_stride[1] + p_.first_key; }
   int64_t group() const { return p_.heads / p_.heads_kv; }
   int64_t accumulated_keys() const {
-    return !for_keys_                         ? 0
-           : p_.stage == AttentionStage::kAll ? p_.keys
-                                              : std::min(p_.keys, kKeyBlocksTogether * kAttentionKeys);
+    if (!for_keys_) return 0;
+    if (one_pass_) return std::min(p_.keys, kAttentionKeys);
+    return p_.stage == AttentionStage::kAll ? p_.keys : std::min(p_.keys, kKeyBlocksTogether * kAttentionKeys);
   }
 
   // Query blocks that stay in L2 while the keys pass, so that keys, values and their gradients come from afar once for
@@ -133,6 +138,7 @@ class AttentionBackward {
   void all_of_head(int64_t item, bool more) {
     const int64_t b = item / p_.heads_kv, kv = item % p_.heads_kv, last = (kv + 1) * group() - 1;
     select_keys(b, kv);
+    if (one_pass_) return query_chunk(b, kv, 0, query_blocks(), more);
     first_key_ = 0;
     clear_keys(p_.keys);
     for (int64_t h = kv * group(); h <= last; ++h) {
@@ -156,7 +162,11 @@ class AttentionBackward {
     }
     ahead_.clear();
     if (next_head) fetch_head(cached_ + 1);
-    for (int64_t from = keys.begin / kAttentionKeys * kAttentionKeys; from < keys.end; from += kAttentionKeys) {
+    keys.begin = keys.begin / kAttentionKeys * kAttentionKeys;
+    if (one_pass_) write_unseen_keys(b, h, keys);
+    for (int64_t from = keys.begin; from < keys.end; from += kAttentionKeys) {
+      const int64_t width = std::min(kAttentionKeys, p_.keys - from);
+      if (one_pass_) first_key_ = from, clear_keys(width);
       for (int64_t i = 0; i < count; ++i) {
         ScoreBlock next = state_[i].block;
         next.key = from + kAttentionKeys;
@@ -165,6 +175,7 @@ class AttentionBackward {
         fetch_mask(p_, next, &ahead_);
         pair_within(state_[i], Range{from, from + kAttentionKeys});
       }
+      if (one_pass_) write_keys(b, h, width);
     }
     for (int64_t i = 0; i < count; ++i) write_queries(state_[i]);
   }
@@ -238,6 +249,16 @@ class AttentionBackward {
     const int64_t row = key_index(b, kv) + first_key_;
     write_rows(dk_, count * p_.head_dim, p_.scale, static_cast<S*>(p_.dk) + row * p_.head_dim);
     write_rows(dv_, count * p_.head_dim_v, p_.dropout_scale, static_cast<S*>(p_.dv) + row * p_.head_dim_v);
+  }
+
+  // Zeros for the key blocks outside `seen`, whole blocks.
+  void write_unseen_keys(int64_t b, int64_t kv, Range seen) {
+    const int64_t end = std::min(p_.keys, round_up(std::max(seen.begin, seen.end), kAttentionKeys));
+    for (const Range range : {Range{0, std::min(seen.begin, end)}, Range{end, p_.keys}}) {
+      const int64_t row = key_index(b, kv) + range.begin, count = std::max<int64_t>(0, range.end - range.begin);
+      std::fill_n(static_cast<S*>(p_.dk) + row * p_.head_dim, count * p_.head_dim, S{});
+      std::fill_n(static_cast<S*>(p_.dv) + row * p_.head_dim_v, count * p_.head_dim_v, S{});
+    }
   }
 
   static void write_rows(const A* from, int64_t count, double factor, S* to) {
@@ -353,6 +374,7 @@ class AttentionBackward {
   void score_gradients(const QueryBlock& x, const ScoreBlock& block, A unit) {
     constexpr int kVectors = G::kNr / V::kLanes;
     const int64_t lanes = block.lanes, ld = lanes * G::kParts;
+    const bool operands = for_keys_ || for_queries_;
     for (int64_t c = 0; c < lanes; c += G::kNr) {
       V lse[kVectors], lse_low[kVectors], delta[kVectors], slope_sum[kVectors];
       for (int v = 0; v < kVectors; ++v) {
@@ -383,16 +405,18 @@ class AttentionBackward {
               // A masked key's value may be NaN: what has no probability has no gradient.
               if constexpr (kScores == Scores::kHidden) ds[step] = select(le(p, V::zero()), V::zero(), ds[step]);
             }
+            if (kScores == Scores::kModified && !operands) continue;
             const int64_t to = (j + step) * ld + column;
             G::store_row(p, p_rows_ + to, ld);
             G::store_row(ds[step], ds_rows_ + to, ld);
           }
+          if (kScores == Scores::kModified && !operands) continue;
           G::store_packed(ds, panel + j * G::kNr + v * V::kLanes * G::kStep, block.keys);
         }
       }
       for (int v = 0; v < kVectors; ++v) slope_sum[v].store(x.slope_sum + c + v * V::kLanes);
     }
-    G::zero_packed_tail(ds_packed_, block.keys, lanes);
+    if (operands) G::zero_packed_tail(ds_packed_, block.keys, lanes);
   }
 
   // dS of one vector of lanes under dropout, masks, ALiBi and softcap; *p becomes the dropped-out probability without
@@ -414,27 +438,29 @@ class AttentionBackward {
     return p_.softcap > 0 ? ds * V::load(cap_slope_ + at) : ds;
   }
 
-  // One tile of dmask: the sum of dS over everything along which the mask is broadcast, first element by element over
-  // blocks, then within the tile.
-  void mask_tile(int64_t item) {
+  int64_t mask_tiles(int dim, int64_t size) const { return (p_.mask_extent[dim] + size - 1) / size; }
+
+  // `count` tiles of dmask side by side: the sum of dS over everything along which the mask is broadcast, first element
+  // by element over blocks, then within the tile.
+  void mask_row_of_tiles(int64_t item, int64_t count) {
     const int64_t* extent = p_.mask_extent;
-    const int64_t tiles_q = (extent[2] + kAttentionQueries - 1) / kAttentionQueries;
-    const int64_t tiles_k = (extent[3] + kAttentionKeys - 1) / kAttentionKeys;
+    const int64_t tiles_q = mask_tiles(2, kAttentionQueries), tiles_k = mask_tiles(3, kAttentionKeys);
     const int64_t tk = item % tiles_k, tq = item / tiles_k % tiles_q, head = item / tiles_k / tiles_q;
     const int64_t mh = head % extent[1], mb = head / extent[1];
     const Range batches = extent[0] == 1 ? Range{0, p_.batch} : Range{mb, mb + 1};
     const Range heads = extent[1] == 1 ? Range{0, p_.heads} : Range{mh, mh + 1};
-    std::fill_n(mask_sum_, kTile, A(0));
+    std::fill_n(mask_sum_, count * kTile, A(0));
     for (int64_t b = batches.begin; b < batches.end; ++b) {
       enter_sequence(p_, b);
       const Range rows = extent[2] == 1 ? Range{0, query_blocks()} : Range{tq, std::min(tq + 1, query_blocks())};
-      const Range keys = extent[3] == 1 ? Range{0, key_blocks()} : Range{tk, tk + 1};
+      const Range keys = extent[3] == 1 ? Range{0, key_blocks()} : Range{tk, tk + count};
       for (int64_t h = heads.begin; h < heads.end; ++h) {
         for (int64_t i = rows.begin; i < rows.end; ++i) {
           prepare_queries(b, h, i, &state_[0]);
           for (int64_t k = keys.begin; k < keys.end; ++k) {
             const Range range{k * kAttentionKeys, (k + 1) * kAttentionKeys};
-            if (pair_within(state_[0], range)) add_mask_tile(state_[0], range);
+            A* sum = mask_sum_ + (extent[3] == 1 ? 0 : k - tk) * kTile;
+            if (pair_within(state_[0], range)) add_mask_tile(state_[0], range, sum);
           }
         }
       }
@@ -443,16 +469,17 @@ class AttentionBackward {
     dispatch(p_.mask_dtype, [&](auto* type) {
       using M = std::remove_pointer_t<decltype(type)>;
       if constexpr (std::is_same_v<Acc<M>, A> || std::is_same_v<M, float>) {
-        write_mask_tile(static_cast<M*>(p_.dmask) + head * extent[2] * extent[3], tq, tk);
+        M* to = static_cast<M*>(p_.dmask) + head * extent[2] * extent[3];
+        for (int64_t t = 0; t < count; ++t) write_mask_tile(mask_sum_ + t * kTile, to, tq, tk + t);
       }
     });
   }
 
-  void add_mask_tile(const QueryBlock& x, Range keys) {
+  void add_mask_tile(const QueryBlock& x, Range keys, A* tile) {
     const int64_t from = std::max(keys.begin, x.visible.begin), to = std::min(keys.end, x.visible.end);
     const int64_t lanes = x.block.lanes;
     for (int64_t j = 0; j < to - from; ++j) {
-      A* sum = mask_sum_ + (from - keys.begin + j) * kAttentionQueries;
+      A* sum = tile + (from - keys.begin + j) * kAttentionQueries;
       for (int64_t c = 0; c < lanes; c += V::kLanes) {
         (V::load(sum + c) + V::load(dp_ + j * lanes + c)).store(sum + c);
       }
@@ -460,21 +487,20 @@ class AttentionBackward {
   }
 
   template <class M>
-  void write_mask_tile(M* to, int64_t tq, int64_t tk) {
+  void write_mask_tile(A* tile, M* to, int64_t tq, int64_t tk) {
     const int64_t extent_q = p_.mask_extent[2], extent_k = p_.mask_extent[3];
     if (extent_q == 1) {
       for (int64_t j = 0; j < kAttentionKeys; ++j) {
-        for (int64_t c = 1; c < kAttentionQueries; ++c)
-          mask_sum_[j * kAttentionQueries] += mask_sum_[j * kAttentionQueries + c];
+        for (int64_t c = 1; c < kAttentionQueries; ++c) tile[j * kAttentionQueries] += tile[j * kAttentionQueries + c];
       }
     }
     if (extent_k == 1) {
       for (int64_t j = 1; j < kAttentionKeys; ++j) {
-        for (int64_t c = 0; c < kAttentionQueries; ++c) mask_sum_[c] += mask_sum_[j * kAttentionQueries + c];
+        for (int64_t c = 0; c < kAttentionQueries; ++c) tile[c] += tile[j * kAttentionQueries + c];
       }
     }
     const int64_t row = tq * kAttentionQueries, key = tk * kAttentionKeys;
-    transpose_block(mask_sum_, kAttentionQueries, std::min(kAttentionKeys, extent_k - key),
+    transpose_block(tile, kAttentionQueries, std::min(kAttentionKeys, extent_k - key),
                     std::min(kAttentionQueries, extent_q - row), to + row * extent_k + key, extent_k);
   }
 
@@ -499,7 +525,9 @@ class AttentionBackward {
   }
 
   AttentionBackwardParams p_;  // with the extents of the sequence at hand
-  const bool for_queries_, for_keys_;
+  // one_pass_: all queries that see a key pass it together, so that its gradients are complete, and leave the cache,
+  // block by block.
+  const bool for_queries_, for_keys_, one_pass_;
   OperandRows<S> keys_, values_;
   OperandColumns<S> key_columns_;
   S* staged_;

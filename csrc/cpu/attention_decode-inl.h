@@ -259,20 +259,31 @@ class AttentionDecode {
     constexpr int kVectors = R == 1 ? 8 : 4;
     for (int64_t d = 0; d < p_.head_dim_v; d += kVectors * V::kLanes) {
       const int64_t left = p_.head_dim_v - d;
-      if (sparse || left < 4 * V::kLanes || (left < kVectors * V::kLanes && left != 4 * V::kLanes)) {
+      if (sparse) {
         weigh_channels<R, kVectors, false>(v + d, count, s, left, ahead, d, o + d);
-      } else if (left < kVectors * V::kLanes) {
-        weigh_channels<R, 4, true>(v + d, count, s, left, ahead, d, o + d);
       } else {
-        weigh_channels<R, kVectors, true>(v + d, count, s, left, ahead, d, o + d);
+        weigh_dense_channels<R, kVectors>(v + d, count, s, left, ahead, d, o + d);
       }
     }
   }
 
-  // kDense: whole vectors, and no probability is 0.
+  // As many vectors as `left` channels fill, at most kVectors.
+  template <int R, int kVectors>
+  void weigh_dense_channels(const S* v, int64_t count, const A* s, int64_t left, const DecodeAhead<S>& ahead, int64_t d,
+                            A* o) {
+    if constexpr (kVectors > 1) {
+      if (left <= (kVectors - 1) * V::kLanes) {
+        return weigh_dense_channels<R, kVectors - 1>(v, count, s, left, ahead, d, o);
+      }
+    }
+    weigh_channels<R, kVectors, true>(v, count, s, left, ahead, d, o);
+  }
+
+  // kDense: the channels fill all vectors but the last, and no probability is 0.
   template <int R, int kVectors, bool kDense>
   void weigh_channels(const S* v, int64_t count, const A* s, int64_t left, const DecodeAhead<S>& ahead, int64_t d,
                       A* o) {
+    const int64_t last = left - (kVectors - 1) * V::kLanes;
     V sum[R][kVectors];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -288,7 +299,8 @@ class AttentionDecode {
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
         if constexpr (kDense) {
-          const V value = V::load(row + i * V::kLanes);
+          const bool whole = i + 1 < kVectors || last >= V::kLanes;
+          const V value = whole ? V::load(row + i * V::kLanes) : V::load_n(row + i * V::kLanes, last);
           if (fetched != nullptr && i * V::kLanes * sizeof(S) % 64 == 0) __builtin_prefetch(fetched + i * V::kLanes);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) sum[r][i] = fma(weight[r], value, sum[r][i]);

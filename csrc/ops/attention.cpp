@@ -280,7 +280,12 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
 
 namespace {
 
-// Whether (b, kv head) items keep all threads busy: they need 5 products a block, the two finer stages 3 + 4.
+// How long `items` equal parts of one whole take on the threads, if the whole takes 1 on one.
+double time_of(int64_t items, int64_t threads) {
+  return static_cast<double>(blocks_of(items, threads)) / std::max<int64_t>(1, items);
+}
+
+// Whether (b, kv head) items, at five products a block, take no longer than the two finer stages, at three and four.
 bool heads_fill_threads(const AttentionParams& p) {
   const int64_t heads = p.batch * p.heads_kv, threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   if (p.sequences != nullptr && threads > 1) {
@@ -291,8 +296,10 @@ bool heads_fill_threads(const AttentionParams& p) {
     }
     return 5 * (total + threads * largest) <= 7 * total;
   }
-  const int64_t rounds = (heads + threads - 1) / threads;
-  return 5 * rounds * threads <= 7 * heads;
+  const KernelTable& table = kernels();
+  const int64_t query_items = p.batch * p.heads * blocks_of(p.rows, table.attention_queries);
+  const int64_t key_items = heads * blocks_of(p.keys, table.attention_keys);
+  return 5 * time_of(heads, threads) <= 3 * time_of(query_items, threads) + 4 * time_of(key_items, threads);
 }
 
 void run_stage(AttentionBackwardParams p, AttentionStage stage, int64_t items) {
