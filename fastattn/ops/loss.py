@@ -51,11 +51,14 @@ class _CrossEntropy(torch.autograd.Function):
         logits, target, class_weight, *options = inputs
         ctx.options = _Options(*options)
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, class_weight, output[1])
         ctx.save_for_forward(logits, target, class_weight)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dloss is None:
+            return (None,) * 8
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         gradient = _CrossEntropyGradient.apply if differentiable else _CrossEntropyGradient.forward
         return gradient(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 7
@@ -110,11 +113,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options, ctx.ready = _Options(*inputs[4:9]), inputs[9:]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else zeros of dweight's size arrive with every dloss
         ctx.save_for_backward(*inputs[:4], *output[1:])
         ctx.save_for_forward(*inputs[:4])
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dloss is None:
+            return (None,) * 12
         needs = ctx.needs_input_grad[:3]
         ready = all(made for made, need in zip(ctx.ready, needs, strict=True) if need)
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -83,10 +83,10 @@ def test_shapes(implementation: str, tokens: int, classes: int, dtype: torch.dty
     _compare(implementation, tokens, classes, dtype, {"label_smoothing": 0.1})
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", ["plain", "everything"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_class_weights(implementation: str, dtype: torch.dtype, options: dict[str, object]) -> None:
-    _compare(implementation, 13, 83, dtype, options, class_weight=torch.rand(83).to(dtype))
+def test_class_weights(implementation: str, dtype: torch.dtype, name: str) -> None:
+    _compare(implementation, 13, 83, dtype, OPTIONS[name], class_weight=torch.rand(83).to(dtype))
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e4])
