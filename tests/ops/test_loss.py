@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference
+from fastattn.ops._library import has_cpu
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPTIONS: dict[str, dict[str, object]] = {
@@ -177,6 +178,32 @@ def test_linear_cross_entropy(implementation: str, options: dict[str, object], d
 def test_linear_shapes(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     _compare_linear(implementation, shape, dtype, {"reduction": "sum"}, bias=False)
     _compare_linear(implementation, shape, dtype, {"reduction": "none"})
+
+
+@pytest.mark.skipif(not has_cpu, reason="the C++ core is not built")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_beyond_the_scratch(dtype: torch.dtype, bias: bool) -> None:
+    """Chunks of tokens (dW added up over them), and in 16 bits with a bias strips that are computed again."""
+    _compare_linear("cpu", (700, 24, 13001), dtype, {"reduction": "sum", "softcap": 4.0}, bias)
+
+
+@pytest.mark.skipif(not has_cpu, reason="the C++ core is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_computed_again_has_the_same_bits(dtype: torch.dtype) -> None:
+    x, w, b = (torch.randn(size).to(dtype) for size in ((700, 24), (13001, 24), (13001,)))
+    target = torch.randint(0, 13001, (700,))
+
+    def dx(rows: slice) -> Tensor:
+        leaves = [t.clone().requires_grad_() for t in (x[rows], w, b)]
+        loss = fastattn.linear_cross_entropy(
+            *leaves[:2], target[rows], leaves[2], reduction="sum", implementation="cpu"
+        )
+        return torch.autograd.grad(loss, leaves)[0]
+
+    whole = dx(slice(None))
+    for rows in (slice(3, 40), slice(300, 550)):
+        assert torch.equal(dx(rows), whole[rows])
 
 
 def test_linear_partial_gradients(implementation: str) -> None:
