@@ -238,11 +238,11 @@ class Attention(nn.Module):
         qkv = project(x, self.qkv.weight, self.qkv.bias, config.implementation)
         # (B, H + 2 Hk, N, D): queries and keys are neighbours, so one call rotates both.
         heads = qkv.view(batch, rows, nheads + 2 * nheads_kv, config.head_dim).transpose(1, 2)
-        qk, v = heads.narrow(1, 0, nheads + nheads_kv), heads.narrow(1, nheads + nheads_kv, nheads_kv)
+        qk, v = heads.split_with_sizes((nheads + nheads_kv, nheads_kv), 1)
         if context.rotary is not None:
             cos, sin = context.rotary
             qk = rope(qk, cos, sin, interleaved=config.rope_interleaved, implementation=config.implementation)
-        q, k = qk.narrow(1, 0, nheads), qk.narrow(1, nheads, nheads_kv)
+        q, k = qk.split_with_sizes((nheads, nheads_kv), 1)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
         out: Tensor = attention(  # type: ignore[assignment]
