@@ -22,7 +22,7 @@ import torch
 from fastattn.cli import bars, cases, check, limited, machine, modules, scaling, sweep
 from fastattn.cli.bars import Line
 from fastattn.cli.cases import Case, work
-from fastattn.cli.measure import MatrixPeak, ReadPeak, Timing, interleave
+from fastattn.cli.measure import MatrixPeak, ReadPeak, Timing, interleave, keep_freed_memory
 from fastattn.cli.peers import PEERS, compile_helps, peer_names, peers
 from fastattn.cli.plain import plain_outputs, torch_product
 from fastattn.cli.plot import plot as plot
@@ -323,6 +323,8 @@ def run_bars(
     ``isa`` is "" for the lines without a limit, or the instruction set that this process is limited to.
     """
     torch.set_num_threads(bars.THREADS)
+    if list(groups) != ["attention"]:  # its rows stay comparable with those of before
+        keep_freed_memory()
     bench = Bench("cpu", (), "auto", budget, limited.text(isa))
     chosen = list(bars.chosen(groups, isa, only, dtypes))
     rows: list[Row] = []

@@ -6,6 +6,7 @@ all contenders alike; medians and the 20th and 80th percentiles leave out what h
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
 import time
@@ -48,6 +49,20 @@ def timed(function: Callable[[], object], device: torch.device, calls: int = 1) 
         function()
     _drain(device)
     return (time.perf_counter() - start) / calls
+
+
+def keep_freed_memory() -> None:
+    """From now on memory that a call frees serves the next one (glibc); else every large result is fresh pages from the system.
+
+    What the system then takes to map and clear them is a good part of a training step, and depends on who freed what before.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
 
 
 def _drain(device: torch.device) -> None:

@@ -184,6 +184,7 @@ def test_errors_beside_sdpas():
 def short(monkeypatch):
     """Bars that a machine of any speed passes."""
     monkeypatch.setattr(bars, "ERROR_NOISE", 10.0)  # of a handful of float32 values
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: None)  # the tests after these share the process
     monkeypatch.setattr(measure.ReadPeak, "BYTES", 1 << 16)
     monkeypatch.setattr(measure.MatrixPeak, "SIZES", (16,))
 
