@@ -250,6 +250,7 @@ def ffn_forward(
     b_gate: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    residual: Tensor | None,
     activation: int,
     dropout_p: float,
     rng_state: Tensor | None,
@@ -263,6 +264,8 @@ def ffn_forward(
         _project(x, (w_in, w_gate), (b_in, b_gate), hidden, (pre, gate), activation, dropout_p, rng_state)
     nothing = x.new_empty(0)
     out = _linear(hidden, w_out, b_out)
+    if residual is not None:
+        out += residual
     return out, nothing if pre is None else pre, nothing if gate is None else gate
 
 

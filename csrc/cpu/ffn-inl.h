@@ -184,13 +184,20 @@ inline void column_sums_of(const ColumnSumParams& p, Range range) {
   }
 }
 
+inline Packs linear_packs(const LinearParams& p) {
+  Packs packs = Packs::kNothing;
+  dispatch(p.dtype, [&](auto* type) { packs = packs_of<std::remove_pointer_t<decltype(type)>>(p); });
+  return packs;
+}
 inline size_t linear_packed_bytes(const LinearParams& p) {
   size_t bytes = 0;
   dispatch(p.dtype, [&](auto* type) { bytes = packed_bytes_of<std::remove_pointer_t<decltype(type)>>(p); });
   return bytes;
 }
 inline int64_t linear_pack_items(const LinearParams& p) {
-  return p.products * ((p.N + kPackColumns - 1) / kPackColumns);
+  int64_t items = 0;
+  dispatch(p.dtype, [&](auto* type) { items = pack_items<std::remove_pointer_t<decltype(type)>>(p); });
+  return items;
 }
 inline void linear_pack(const LinearParams& p, Range range) {
   dispatch(p.dtype, [&](auto* type) { pack_range<std::remove_pointer_t<decltype(type)>>(p, range); });

@@ -73,6 +73,11 @@ inline void tile_block_store(float* c, int64_t ldc, int64_t rows, int64_t column
   if (!direct) add_block(block, rows, columns, c, ldc, accumulate);
 }
 
+// Bring what comes next into L2.
+inline void fetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 inline void gemm_multiply_amx(const BFloat16* a, int64_t lda, const BFloat16* packed, int64_t M, int64_t N, int64_t K,
                               float* c, int64_t ldc, bool accumulate) {
   const TileScope scope;

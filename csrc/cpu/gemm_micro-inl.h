@@ -140,6 +140,16 @@ inline void for_row_blocks(int64_t M, const F& f) {
 // A packed B up to this size stays in the L1 cache while the rows of A pass it once.
 constexpr int64_t kGemmSmallOperand = 32 << 10;
 
+// gemm_blocks for the columns [n, n + columns) of panels in which only one vector may exist.
+template <class Ops, class... Args>
+inline void gemm_panel(int64_t rows, bool accumulate, int64_t columns, Args... args) {
+  if (columns <= Vec<typename Ops::A>::kLanes) {
+    gemm_rows<Ops, 1, false>(rows, accumulate, args...);
+  } else {
+    gemm_rows<Ops, kGemmVectors, false>(rows, accumulate, args...);
+  }
+}
+
 // All blocks of C. A small B is passed as a whole by every block of rows; a larger one panel by panel, so that a panel
 // stays in the L1 or L2 cache while the rows of A pass, and every block of rows fetches its share of the next panel,
 // which would otherwise stall the first of them.
@@ -161,15 +171,30 @@ inline void gemm_multiply(const typename Ops::T* a, int64_t lda, const typename 
     const int64_t ahead_step = more ? share_step : 0;
     const int64_t columns = std::min<int64_t>(Ops::kNr, N - n);
     for_row_blocks(M, [&](int64_t rows, int64_t count, int64_t row, int64_t before) {
-      gemm_rows<Ops, kGemmVectors, false>(rows, accumulate, count, panels, panel_size, a + row * lda, lda, b, K,
-                                          c + row * ldc + n, ldc, columns, ahead + before * share, ahead_step);
+      gemm_panel<Ops>(rows, accumulate, columns, count, panels, panel_size, a + row * lda, lda, b, K, c + row * ldc + n,
+                      ldc, columns, ahead + before * share, ahead_step);
     });
     n += panels * Ops::kNr;
   }
 }
 
-// The same for a left operand given by columns (element (m, k) at a[k / kStep * lda + m * kStep + k % kStep], zeros
-// after an odd K) and whole panels: N is a multiple of kNr.
+// At most kGemmRows rows of A, which stay in the L1 cache while the panels of B pass from L2. During the first of them
+// `ahead_bytes` bytes of what comes next arrive in L2.
+template <class Ops>
+inline void gemm_multiply_few(const typename Ops::T* a, int64_t lda, const typename Ops::T* packed, int64_t M,
+                              int64_t N, int64_t K, typename Ops::A* c, int64_t ldc, bool accumulate, const char* ahead,
+                              int64_t ahead_bytes) {
+  const int64_t panel_size = Ops::kNr * round_up(K, Ops::kStep);
+  const int64_t step = ahead_bytes / std::max<int64_t>(1, K / Ops::kStep);
+  for (int64_t n = 0; n < N; n += Ops::kNr) {
+    const int64_t columns = std::min<int64_t>(Ops::kNr, N - n);
+    gemm_panel<Ops>(M, accumulate, columns, int64_t{1}, int64_t{1}, panel_size, a, lda,
+                    packed + n / Ops::kNr * panel_size, K, c + n, ldc, columns, ahead, n == 0 ? step : 0);
+  }
+}
+
+// gemm_multiply for a left operand given by columns (element (m, k) at a[k / kStep * lda + m * kStep + k % kStep],
+// zeros after an odd K) and whole panels: N is a multiple of kNr.
 template <class Ops>
 inline void gemm_multiply_columns(const typename Ops::T* a, int64_t lda, const typename Ops::T* packed, int64_t M,
                                   int64_t N, int64_t K, typename Ops::A* c, int64_t ldc, bool accumulate) {
@@ -296,6 +321,12 @@ struct Gemm : GemmLayout<Type, GemmOps<Type>::kNr, 1, 1> {
     gemm_multiply<GemmOps<T>>(a, lda, packed, M, N, K, c, ldc, accumulate);
   }
 
+  // C (+)= A·B for at most kMr rows, with the bits that the product of the turned matrices, Bᵀ·Aᵀ, has.
+  static void multiply_turned(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c,
+                              int64_t ldc, bool accumulate, const char* ahead, int64_t ahead_bytes) {
+    gemm_multiply_few<GemmOps<T>>(a, lda, packed, M, N, K, c, ldc, accumulate, ahead, ahead_bytes);
+  }
+
   static constexpr bool kTakesColumns = true;
   static void multiply_columns(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c,
                                int64_t ldc, bool accumulate) {
@@ -406,11 +437,17 @@ struct Gemm<BFloat16> : GemmLayout<BFloat16, GemmOpsBFloat16::kNr, 2, kGemmBFloa
 #endif
   }
 
-#if defined(FASTATTN_TARGET_AMX)
   static void multiply_turned(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c,
-                              int64_t ldc) {
-    gemm_multiply_amx(a, lda, packed, M, N, K, c, ldc, false);
+                              int64_t ldc, bool accumulate, const char* ahead, int64_t ahead_bytes) {
+#if defined(FASTATTN_TARGET_AMX)
+    fetch(ahead, ahead_bytes);
+    gemm_multiply_amx(a, lda, packed, M, N, K, c, ldc, accumulate);
+#else
+    gemm_multiply_few<GemmOpsBFloat16>(a, lda, packed, M, N, K, c, ldc, accumulate, ahead, ahead_bytes);
+#endif
   }
+
+#if defined(FASTATTN_TARGET_AMX)
   static constexpr bool kTakesColumns = false;
 #else
   static constexpr bool kTakesColumns = true;

@@ -245,10 +245,10 @@ struct Gemm<SplitFloat<Parts>> : GemmLayout<BFloat16, 32, 2, 32, Parts> {
                        bool accumulate) {
     multiply_blocks<false>(a, lda, packed, M, N, K, c, ldc, accumulate);
   }
-  // C = A·B with the bits that the product of the turned matrices, Bᵀ·Aᵀ, has.
   static void multiply_turned(const T* a, int64_t lda, const T* packed, int64_t M, int64_t N, int64_t K, A* c,
-                              int64_t ldc) {
-    multiply_blocks<true>(a, lda, packed, M, N, K, c, ldc, false);
+                              int64_t ldc, bool accumulate, const char* ahead, int64_t ahead_bytes) {
+    fetch(ahead, ahead_bytes);
+    multiply_blocks<true>(a, lda, packed, M, N, K, c, ldc, accumulate);
   }
 
  private:

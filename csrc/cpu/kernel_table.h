@@ -19,6 +19,7 @@ struct KernelTable {
   void (*attention_forward)(const AttentionParams&, Range);
   void (*attention_backward)(const AttentionBackwardParams&, Range);
 
+  Packs (*linear_packs)(const LinearParams&);
   size_t (*linear_packed_bytes)(const LinearParams&);  // of each product
   int64_t (*linear_pack_items)(const LinearParams&);
   void (*linear_pack)(const LinearParams&, Range);

@@ -170,7 +170,7 @@ struct MatrixProduct {
   const void *a, *b;
   int64_t lda, ldb;
   bool a_transposed, b_transposed;
-  void* packed;  // all of B packed by `linear_pack`, or null: every work item packs the columns it needs
+  void* packed;  // by `linear_pack`: all of the operand that Packs names
 };
 
 // What becomes of the sums. All matrices are (M, N) with leading dimension N.
@@ -180,6 +180,11 @@ enum class Epilogue : int {
   kActivationGrad,  // sum is the gradient of c above: c again, and the gradients of pre and gate
 };
 
+// The operand of a product that is packed before it starts. kA, for few rows and a transposed B, computes the product
+// turned over, Cᵀ = Bᵀ·Aᵀ, and leaves B as it is; with kNothing every work item packs the columns of B it needs, or
+// streams them.
+enum class Packs : int { kNothing, kA, kB };
+
 // One or two products and an epilogue. Work item: a row_block x column_block piece of the result, column blocks
 // fastest. The second product adds to the first's sums, or (second_apart) has its own.
 struct LinearParams {
@@ -187,7 +192,8 @@ struct LinearParams {
   int64_t M, N, K;
   int products;
   bool second_apart;
-  MatrixProduct product[2];
+  MatrixProduct product[2];  // with second_apart of the same A
+  Packs packs;
   int64_t row_block, column_block;  // column_block is a multiple of 64
 
   Epilogue epilogue;

@@ -35,6 +35,7 @@ const KernelTable kTable = {
     attention_forward,
     attention_backward,
 
+    linear_packs,
     linear_packed_bytes,
     linear_pack_items,
     linear_pack,

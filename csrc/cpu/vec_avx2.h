@@ -56,6 +56,17 @@ struct Vec<float> {
   static Vec load_n(const T* p, int64_t n) {
     return Vec(widen(T{}, load16_n(reinterpret_cast<const uint16_t*>(p), n)));
   }
+  // Pairs of 16-bit numbers, one a lane.
+  template <class T>
+  static Vec load_pairs(const T* p) {
+    return Vec(_mm256_loadu_ps(reinterpret_cast<const float*>(p)));
+  }
+  template <class T>
+  static Vec load_pairs_n(const T* p, int64_t n) {
+    alignas(32) T buffer[16] = {};
+    std::memcpy(buffer, p, n * sizeof(T));
+    return load_pairs(buffer);
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_n(float* p, int64_t n) const { _mm256_maskstore_ps(p, lane_mask32(n), v); }
   template <class T>
@@ -216,6 +227,20 @@ inline MaskF ge_unsigned(VecU32 a, uint32_t bound) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, limit), a.v))};
 }
 inline VecF keep(MaskF mask, VecF x) { return VecF(_mm256_and_ps(mask.m, x.v)); }
+
+// The first and the second number of every pair.
+inline void unzip(BFloat16, VecF pairs, VecF (&number)[2]) {
+  const __m256i bits = _mm256_castps_si256(pairs.v);
+  number[0].v = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  number[1].v = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void unzip(Half, VecF pairs, VecF (&number)[2]) {
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13,
+                                         2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i sorted = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(_mm256_castps_si256(pairs.v), order), 0xd8);
+  number[0].v = _mm256_cvtph_ps(_mm256_castsi256_si128(sorted));
+  number[1].v = _mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1));
+}
 
 // 8 x 8: pairs within 128-bit halves, then quads, then halves exchanged.
 inline void transpose(VecF (&block)[8]) {

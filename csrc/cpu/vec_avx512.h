@@ -43,6 +43,16 @@ struct Vec<float> {
   static Vec load_n(const T* p, int64_t n) {
     return Vec(widen(T{}, _mm256_maskz_loadu_epi16(lanes16(n), p)));
   }
+  // Pairs of 16-bit numbers, one a lane.
+  template <class T>
+  static Vec load_pairs(const T* p) {
+    return Vec(_mm512_loadu_ps(reinterpret_cast<const float*>(p)));
+  }
+  template <class T>
+  static Vec load_pairs_n(const T* p, int64_t n) {
+    const __mmask32 mask = static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<unsigned>(n)));
+    return Vec(_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p)));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_n(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, lanes16(n), v); }
   template <class T>
@@ -181,6 +191,20 @@ inline MaskF ge_unsigned(VecU32 a, uint32_t bound) {
   return {_mm512_cmpge_epu32_mask(a.v, _mm512_set1_epi32(static_cast<int>(bound)))};
 }
 inline VecF keep(MaskF mask, VecF x) { return VecF(_mm512_maskz_mov_ps(mask.m, x.v)); }
+
+// The first and the second number of every pair.
+inline void unzip(BFloat16, VecF pairs, VecF (&number)[2]) {
+  const __m512i bits = _mm512_castps_si512(pairs.v);
+  number[0].v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  number[1].v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void unzip(Half, VecF pairs, VecF (&number)[2]) {
+  const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22,
+                                         20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i sorted = _mm512_permutexvar_epi16(order, _mm512_castps_si512(pairs.v));
+  number[0].v = _mm512_cvtph_ps(_mm512_castsi512_si256(sorted));
+  number[1].v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(sorted, 1));
+}
 
 // 16 x 16: 4 x 4 blocks turn over within the 128-bit quarters of 4 neighbouring rows, then the quarters of 4 such
 // groups.

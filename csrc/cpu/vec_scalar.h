@@ -19,6 +19,17 @@ struct Vec {
   static Vec load_n(const T* p, int64_t n) {
     return n > 0 ? load(p) : zero();
   }
+  // kLanes pairs of 16-bit numbers, one a lane (float only).
+  template <class T>
+  static Vec load_pairs(const T* p) {
+    return load_pairs_n(p, 2);
+  }
+  template <class T>
+  static Vec load_pairs_n(const T* p, int64_t n) {
+    Vec pair = zero();
+    std::memcpy(&pair.v, p, n * sizeof(T));
+    return pair;
+  }
   template <class T>
   void store(T* p) const {
     *p = from_acc<T>(v);
@@ -144,6 +155,14 @@ inline void mul_hi_lo(VecU32 a, uint32_t b, VecU32* hi, VecU32* lo) {
 inline bool ge_unsigned(VecU32 a, uint32_t bound) { return a.v >= bound; }
 // keep ? x * scale : 0 for a Vec<float>.
 inline Vec<float> keep(bool mask, Vec<float> x) { return mask ? x : Vec<float>::zero(); }
+
+// The first and the second number of every pair of T.
+template <class T>
+inline void unzip(T, VecF pairs, VecF (&number)[2]) {
+  T half[2];
+  std::memcpy(half, &pairs.v, sizeof half);
+  for (int i = 0; i < 2; ++i) number[i] = VecF(to_acc(half[i]));
+}
 
 // block[i] lane j <-> block[j] lane i, for kLanes vectors.
 inline void transpose(VecF (&)[1]) {}

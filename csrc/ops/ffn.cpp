@@ -43,11 +43,13 @@ void set_activation(LinearParams* p, int64_t activation, double dropout_p, const
 
 std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in,
                                                const OptionalTensor& w_gate, const OptionalTensor& b_gate,
-                                               const Tensor& w_out, const OptionalTensor& b_out, int64_t activation,
-                                               double dropout_p, const OptionalTensor& rng_state, bool save_pre) {
+                                               const Tensor& w_out, const OptionalTensor& b_out,
+                                               const OptionalTensor& residual, int64_t activation, double dropout_p,
+                                               const OptionalTensor& rng_state, bool save_pre) {
   const Sizes s = check(x, w_in, w_gate, w_out, activation);
   const ScalarType type = x.scalar_type();
   check_bias(b_in, s.F, type, "ffn"), check_bias(b_gate, s.F, type, "ffn"), check_bias(b_out, s.O, type, "ffn");
+  check_residual(residual, s.M, s.O, type, "ffn");
   const Tensor out = empty({s.M, s.O}, type);
   const Tensor pre = save_pre ? empty({s.M, s.F}, type) : none(x);
   const Tensor gate = save_pre && s.gated ? empty({s.M, s.F}, type) : none(x);
@@ -65,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_
   result.bias[0] = data_or_null(b_out);
 
   const size_t hidden_bytes = (std::min(s.M, kChunkRows) * s.F * s.element + 63) / 64 * 64;
-  const size_t in_bytes = packed_bytes(table, hidden), out_bytes = packed_bytes(table, result);
+  const size_t in_bytes = plan(table, &hidden), out_bytes = plan(table, &result);
   const CallScratch scratch(hidden_bytes + in_bytes + out_bytes);
   char* const buffer = static_cast<char*>(scratch.data());
   pack(table, &hidden, buffer + hidden_bytes);
@@ -82,6 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_
     hidden.gate = save_pre && s.gated ? rows_of(gate.mutable_data_ptr(), row, s.F) : nullptr;
     multiply(table, &hidden);
     result.product[0].a = buffer;
+    result.residual = residual.has_value() ? rows_of(residual->const_data_ptr(), row, s.O) : nullptr;
     result.c = rows_of(out.mutable_data_ptr(), row, s.O);
     multiply(table, &result);
   }
@@ -130,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   const size_t matrix = (s.M * s.F * s.element + 63) / 64 * 64;
   const int64_t row_blocks = blocks_of(s.M, kRowBlock);
   const size_t sums = bias_grad ? (row_blocks * s.F * 8 + 63) / 64 * 64 : 0;
-  const size_t packed = std::max({packed_bytes(table, inner), packed_bytes(table, to_x), packed_bytes(table, to_w_in),
-                                  packed_bytes(table, to_w_out)});
+  const size_t packed =
+      std::max({plan(table, &inner), plan(table, &to_x), plan(table, &to_w_in), plan(table, &to_w_out)});
   const CallScratch scratch(matrix * (s.gated ? 3 : 2) + 2 * sums + packed);
   ScratchCursor cursor(scratch.data());
   void* const pack_buffer = cursor.take<char>(packed);

@@ -19,8 +19,13 @@ LinearParams make_linear(DType dtype, int64_t M, int64_t N, int64_t K, Epilogue 
 // The second of two products, if `b` is there.
 void add_product(LinearParams* p, const void* a, const void* b, bool apart);
 
-// Bytes of scratch that the product needs, and the same scratch filled with packed operands.
+// Bytes of scratch for what p.packs says.
 size_t packed_bytes(const KernelTable& table, const LinearParams& p);
+
+// Decide what is packed for p's product, which `multiply` will run; the bytes of scratch that takes.
+size_t plan(const KernelTable& table, LinearParams* p);
+
+// Give a product that scratch. A weight (kB) is packed now, for any number of calls.
 void pack(const KernelTable& table, LinearParams* p, void* buffer);
 
 void multiply(const KernelTable& table, LinearParams* p);
@@ -30,5 +35,6 @@ void column_sums(const KernelTable& table, DType from, DType to, int64_t M, int6
 
 void check_matrix(const Tensor& x, ScalarType type, const char* what);
 void check_bias(const OptionalTensor& bias, int64_t n, ScalarType type, const char* op);
+void check_residual(const OptionalTensor& residual, int64_t M, int64_t N, ScalarType type, const char* op);
 
 }  // namespace fastattn

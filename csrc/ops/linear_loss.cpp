@@ -155,6 +155,7 @@ LinearParams LinearLoss::product(int64_t M, int64_t N, int64_t K) const {
   int64_t across = std::max<int64_t>(blocks_of(M, kRowBlock), 1);
   if (M > kRowBlock) across = std::max(across, std::min(blocks_of(across, threads) * threads, M / kLeastRows));
   p.row_block = std::max<int64_t>(blocks_of(M, across), 1);
+  p.packs = M > kRowBlock ? Packs::kB : Packs::kNothing;
   const int64_t share = std::max<int64_t>(blocks_of(N * across, 4 * threads), 1);
   p.column_block = equal_columns(N, std::min(kMostColumns, share));
   return p;
@@ -289,6 +290,7 @@ void LinearLoss::add_to_weight(const LinearLossParams& strip) const {
   char* const dweight = dweight_ + at * element_;
   char* const sums = sums_dweight() ? dweight_sums_ + at * wide_ : dweight;
   ScaledProductParams p = {product(classes, width_, chunk_loss_.rows), scale_, row_ > 0 ? sums : nullptr, wide};
+  p.product.packs = Packs::kB;
   p.product.product[0] = {strip.strip, nullptr, classes, width_, true, false, packed_x_};
   p.product.c = wide ? sums : dweight;
   run_items(p.product, [&](Range range) { table_.scaled_product(p, range); });

@@ -34,8 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in,
                                                const OptionalTensor& w_gate, const OptionalTensor& b_gate,
-                                               const Tensor& w_out, const OptionalTensor& b_out, int64_t activation,
-                                               double dropout_p, const OptionalTensor& rng_state, bool save_pre);
+                                               const Tensor& w_out, const OptionalTensor& b_out,
+                                               const OptionalTensor& residual, int64_t activation, double dropout_p,
+                                               const OptionalTensor& rng_state, bool save_pre);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& dout, const Tensor& x, const Tensor& w_in, const OptionalTensor& w_gate, const Tensor& w_out,
     const Tensor& pre, const Tensor& gate, int64_t activation, double dropout_p, const OptionalTensor& rng_state,

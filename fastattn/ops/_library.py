@@ -64,10 +64,12 @@ SCHEMAS = {
         " -> (Tensor dx, Tensor dweight, Tensor dbias)"
     ),
     # x (M, K); w_in, w_gate (F, K); w_out (O, F). hidden = dropout(act(pre)), or dropout(act(gate) * pre) with a gate.
-    # pre, gate (M, F) are (0,) unless save_pre. activation indexes fastattn.reference.ffn.ACTIVATIONS.
+    # out = hidden w_outᵀ + b_out + residual (M, O). pre, gate (M, F) are (0,) unless save_pre; they have the bits of
+    # linear_forward with w_in, w_gate. activation indexes fastattn.reference.ffn.ACTIVATIONS.
     "ffn_forward": (
         "(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out,"
-        " int activation, float dropout_p, Tensor? rng_state, bool save_pre) -> (Tensor out, Tensor pre, Tensor gate)"
+        " Tensor? residual, int activation, float dropout_p, Tensor? rng_state, bool save_pre)"
+        " -> (Tensor out, Tensor pre, Tensor gate)"
     ),
     "ffn_backward": (
         "(Tensor dout, Tensor x, Tensor w_in, Tensor? w_gate, Tensor w_out, Tensor pre, Tensor gate, int activation,"

@@ -35,33 +35,58 @@ def _formula(options: _Options, rng_state: Tensor | None) -> Any:
     )
 
 
+def _preactivations(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """What forward would have saved, bit for bit."""
+    if triton:
+        _, pre, gate = _operator(True, "forward")(x, w_in, b_in, w_gate, b_gate, w_out, b_out, None, 0, 0.0, None, True)
+        return pre, gate
+    linear = torch.ops.fastattn.linear_forward
+    return linear(x, w_in, b_in, None), x.new_empty(0) if w_gate is None else linear(x, w_gate, b_gate, None)
+
+
 class _FFN(torch.autograd.Function):
-    """(x, w_in, b_in, w_gate, b_gate, w_out, b_out) -> (out, pre, gate); pre and gate are what backward needs."""
+    """(x, w_in, b_in, w_gate, b_gate, w_out, b_out, residual) -> (out, pre, gate).
+
+    pre and gate are what backward needs; with ``recompute`` they are (0,) and backward computes them again.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, rng_state, triton, activation, dropout_p = args
-        return _operator(triton, "forward")(*tensors, activation, dropout_p, rng_state, True)
+        *tensors, rng_state, triton, recompute, activation, dropout_p = args
+        return _operator(triton, "forward")(*tensors, activation, dropout_p, rng_state, not recompute)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.rng_state, ctx.triton, activation, dropout_p = inputs
+        *tensors, ctx.rng_state, ctx.triton, ctx.recompute, activation, dropout_p = inputs
         ctx.options = (activation, dropout_p)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_backward(*tensors[:7], *output[1:])
+        if forward_mode():
+            ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
-        *tensors, pre, gate = ctx.saved_tensors
         needs = ctx.needs_input_grad[:7]
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gradient = _FFNGradient.apply if differentiable else _FFNGradient.forward
-        wanted = (needs[0], any(needs[i] for i in (1, 3, 5)), any(needs[i] for i in (2, 4, 6)))
-        grads = gradient(dout, *tensors, pre, gate, ctx.rng_state, ctx.triton, *wanted, *ctx.options)
-        return (*[g if need else None for g, need in zip(grads, needs, strict=True)], None, None, None, None)
+        grads: tuple[Tensor | None, ...] = (None,) * 7
+        if any(needs):
+            differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            gradient = _FFNGradient.apply if differentiable else _FFNGradient.forward
+            wanted = (needs[0], any(needs[i] for i in (1, 3, 5)), any(needs[i] for i in (2, 4, 6)))
+            context = (ctx.rng_state, ctx.triton, ctx.recompute)
+            grads = gradient(dout, *ctx.saved_tensors, *context, *wanted, *ctx.options)
+        onto_residual = dout if ctx.needs_input_grad[7] else None
+        return (*[g if need else None for g, need in zip(grads, needs, strict=True)], onto_residual, *[None] * 5)
 
 
 class _FFNDual(_FFN):
@@ -69,7 +94,7 @@ class _FFNDual(_FFN):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        (dout,) = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), 1, ctx.saved_tensors[:7], tangents[:7])
+        (dout,) = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), 1, ctx.saved_tensors, tangents[:8])
         return dout, None, None
 
 
@@ -80,15 +105,17 @@ class _FFNGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        dout, x, w_in, _, w_gate, _, w_out, _, pre, gate, rng_state, triton, *rest = args
+        dout, x, w_in, b_in, w_gate, b_gate, w_out, b_out, pre, gate, rng_state, triton, recompute, *rest = args
         wanted, options = rest[:3], rest[3:]
+        if recompute:
+            pre, gate = _preactivations(x, w_in, b_in, w_gate, b_gate, w_out, b_out, triton)
         return _operator(triton, "backward")(
             dout.contiguous(), x, w_in, w_gate, w_out, pre, gate, *options, rng_state, *wanted
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rng_state, ctx.wanted, ctx.options = inputs[10], inputs[12:15], inputs[15:]
+        ctx.rng_state, ctx.wanted, ctx.options = inputs[10], inputs[13:16], inputs[16:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:8])
 
@@ -105,8 +132,10 @@ class _FFNGradient(torch.autograd.Function):
             )
         ]
         formula = _formula(_Options(*ctx.options), ctx.rng_state)
-        onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dout,), upstream)
-        return (*onto_cotangents, *onto_inputs, *[None] * 9)
+        onto_inputs, onto_cotangents = pullback_of_gradient(
+            formula, (*inputs, None), (*wanted, False), (dout,), (*upstream, None)
+        )
+        return (*onto_cotangents, *onto_inputs[:7], *[None] * 10)
 
 
 def ffn(
@@ -116,22 +145,27 @@ def ffn(
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
     activation: str = "gelu",
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
+    recompute: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
-    """The feed-forward network ``dropout(act(x w_inᵀ + b_in)) w_outᵀ + b_out``.
+    """The feed-forward network ``dropout(act(x w_inᵀ + b_in)) w_outᵀ + b_out + residual``.
 
     Args:
         x: (..., K), float64/32/16 or bfloat16; everything below has its dtype and device.
         w_in: (F, K), w_out: (O, F), b_in: (F,), b_out: (O,): laid out as ``nn.Linear``'s.
+        residual: (..., O), x's leading dimensions; added before the output is rounded.
         activation: relu | gelu (exact, erf) | gelu_tanh | silu.
         dropout_p: in [0, 1), on the hidden units. rng_state: as in :func:`fastattn.attention`.
+        recompute: training keeps x and the weights only, and backward computes the pre-activations (M · F, twice that with a
+            gate) again, with the same bits: one product more of the four (six) that follow a forward pass, for their memory.
         implementation: auto | triton | cpu | reference.
 
     Returns:
-        (..., O) in x's dtype. Training keeps the pre-activations (M · F) for backward.
+        (..., O) in x's dtype. Training keeps the pre-activations for backward unless ``recompute``.
 
     Raises:
         ValueError, TypeError: naming the argument; NotImplementedError: the named implementation does not take the call.
@@ -140,7 +174,8 @@ def ffn(
         raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(ACTIVATIONS)}")
     names = ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
     options = _Options(ACTIVATIONS.index(activation), dropout_p)
-    return _feed_forward("ffn", names, (x, w_in, b_in, None, None, w_out, b_out), options, rng_state, implementation)
+    tensors = (x, w_in, b_in, None, None, w_out, b_out, residual)
+    return _feed_forward("ffn", names, tensors, options, rng_state, recompute, implementation)
 
 
 def glu_ffn(
@@ -152,12 +187,14 @@ def glu_ffn(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
     activation: str = "swiglu",
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
+    recompute: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
-    """The gated feed-forward network ``dropout(act(x w_gateᵀ + b_gate) · (x w_upᵀ + b_up)) w_downᵀ + b_down``.
+    """The gated feed-forward network ``dropout(act(x w_gateᵀ + b_gate) · (x w_upᵀ + b_up)) w_downᵀ + b_down + residual``.
 
     w_gate, w_up: (F, K); w_down: (O, F). activation: swiglu | geglu | geglu_tanh | reglu. Everything else as :func:`ffn`.
     """
@@ -165,9 +202,8 @@ def glu_ffn(
         raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(GATED_ACTIVATIONS)}")
     names = ("w_up", "b_up", "w_gate", "b_gate", "w_down", "b_down")
     options = _Options(ACTIVATIONS.index(GATED_ACTIVATIONS[activation]), dropout_p)
-    return _feed_forward(
-        "glu_ffn", names, (x, w_up, b_up, w_gate, b_gate, w_down, b_down), options, rng_state, implementation
-    )
+    tensors = (x, w_up, b_up, w_gate, b_gate, w_down, b_down, residual)
+    return _feed_forward("glu_ffn", names, tensors, options, rng_state, recompute, implementation)
 
 
 def _feed_forward(
@@ -176,6 +212,7 @@ def _feed_forward(
     tensors: tuple[Tensor | None, ...],
     options: _Options,
     rng_state: Tensor | None,
+    recompute: bool,
     implementation: str,
 ) -> Tensor:
     x = _validate.tensor("x", tensors[0])
@@ -187,21 +224,23 @@ def _feed_forward(
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
 
     rows = math.prod(x.shape[:-1])
-    matrices = (x.reshape(rows, x.shape[-1]), *tensors[1:])
+    *parameters, residual = tensors[1:]
+    flat_residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
+    matrices = (x.reshape(rows, x.shape[-1]), *parameters, flat_residual)
     if chosen == "reference":
         (out,) = _formula(options, rng_state)(*matrices)
     else:
         dense = [t if t is None else t.contiguous() for t in matrices]
         triton = chosen == "triton"
         if wants_gradient(*dense):
-            out, _, _ = (_FFNDual if forward_mode() else _FFN).apply(*dense, rng_state, triton, *options)
+            out, _, _ = (_FFNDual if forward_mode() else _FFN).apply(*dense, rng_state, triton, recompute, *options)
         else:
             out, _, _ = _operator(triton, "forward")(*dense, *options, rng_state, False)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _check(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], gated: bool) -> Tensor:
-    x, w_in, b_in, w_gate, b_gate, w_out, b_out = tensors
+    x, w_in, _, w_gate, _, w_out, _, residual = tensors
     x = _validate.tensor("x", x)
     _validate.floating("x", x)
     if x.dim() < 1:
@@ -219,4 +258,7 @@ def _check(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], gated: bo
         parameter = _validate.tensor(names[index], parameter)
         _validate.shape(names[index], parameter, shape)
         _validate.like(names[index], parameter, "x", x)
+    if residual is not None:
+        _validate.shape("residual", _validate.tensor("residual", residual), (*x.shape[:-1], outputs))
+        _validate.like("residual", residual, "x", x)
     return x

@@ -30,19 +30,22 @@ def ffn(
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
     activation: str = "gelu",
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`fastattn.ffn`: dropout(act(x w_inᵀ + b_in)) w_outᵀ + b_out."""
+    """As :func:`fastattn.ffn`: dropout(act(x w_inᵀ + b_in)) w_outᵀ + b_out + residual."""
+    rows = x.shape[:-1].numel()
     out = ffn_rows(
-        x.reshape(x.shape[:-1].numel(), x.shape[-1]),
+        x.reshape(rows, x.shape[-1]),
         w_in,
         b_in,
         None,
         None,
         w_out,
         b_out,
+        None if residual is None else residual.reshape(rows, w_out.shape[0]),
         activation=activation,
         dropout_p=dropout_p,
         rng_state=rng_state,
@@ -59,19 +62,22 @@ def glu_ffn(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
     activation: str = "swiglu",
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`fastattn.glu_ffn`: dropout(act(x w_gateᵀ + b_gate) · (x w_upᵀ + b_up)) w_downᵀ + b_down."""
+    """As :func:`fastattn.glu_ffn`: dropout(act(x w_gateᵀ + b_gate) · (x w_upᵀ + b_up)) w_downᵀ + b_down + residual."""
+    rows = x.shape[:-1].numel()
     out = ffn_rows(
-        x.reshape(x.shape[:-1].numel(), x.shape[-1]),
+        x.reshape(rows, x.shape[-1]),
         w_up,
         b_up,
         w_gate,
         b_gate,
         w_down,
         b_down,
+        None if residual is None else residual.reshape(rows, w_down.shape[0]),
         activation=GATED_ACTIVATIONS[activation],
         dropout_p=dropout_p,
         rng_state=rng_state,
@@ -87,6 +93,7 @@ def ffn_rows(
     b_gate: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    residual: Tensor | None,
     *,
     activation: str,
     dropout_p: float,
@@ -101,4 +108,5 @@ def ffn_rows(
         accumulate = accumulation_dtype(x.dtype)
         factors = matrix_dropout(hidden.shape, dropout_p, rng_state, x.device).to(accumulate)
         hidden = (hidden.to(accumulate) * factors).to(x.dtype)
-    return F.linear(hidden, w_out, b_out)
+    out = F.linear(hidden, w_out, b_out)
+    return out if residual is None else out + residual

@@ -19,24 +19,27 @@ RNG = torch.tensor([31337, 99])
 SHAPES = [(1, 64, 96, 64), (5, 7, 11, 3), (67, 72, 131, 65), (33, 130, 258, 31)]
 
 
-def _plain(x, w_in, b_in, w_gate, b_gate, w_out, b_out, *, activation, dropout_p):  # type: ignore[no-untyped-def]
+def _plain(x, w_in, b_in, w_gate, b_gate, w_out, b_out, residual, *, activation, dropout_p):  # type: ignore[no-untyped-def]
     act = FUNCTIONS[activation]
     pre = F.linear(x, w_in, b_in)
     hidden = act(pre) if w_gate is None else act(F.linear(x, w_gate, b_gate)) * pre
     if dropout_p:
         hidden = hidden * matrix_dropout(hidden.shape, dropout_p, RNG, x.device).to(x.dtype)
-    return F.linear(hidden, w_out, b_out)
+    out = F.linear(hidden, w_out, b_out)
+    return out if residual is None else out + residual
 
 
 def _call(module, tensors, activation, dropout_p, **extra):  # type: ignore[no-untyped-def]
-    x, w_in, b_in, w_gate, b_gate, w_out, b_out = tensors
-    options = {"dropout_p": dropout_p, "rng_state": RNG, **extra}
+    x, w_in, b_in, w_gate, b_gate, w_out, b_out, residual = tensors
+    options = {"residual": residual, "dropout_p": dropout_p, "rng_state": RNG, **extra}
     if w_gate is None:
         return module.ffn(x, w_in, w_out, b_in, b_out, activation=activation, **options)
     return module.glu_ffn(x, w_gate, w_in, w_out, b_gate, b_in, b_out, activation=activation, **options)
 
 
-def _compare(implementation, shape, activation, dtype, *, bias=True, dropout_p=0.0):  # type: ignore[no-untyped-def]
+def _compare(  # type: ignore[no-untyped-def]
+    implementation, shape, activation, dtype, *, bias=True, dropout_p=0.0, residual=False
+):
     rows, width, hidden, outputs = shape
     gated = activation in GATED_ACTIVATIONS
 
@@ -54,6 +57,7 @@ def _compare(implementation, shape, activation, dtype, *, bias=True, dropout_p=0
         offset(hidden) if gated else None,
         weight(outputs, hidden),
         offset(outputs),
+        torch.randn(rows, outputs).to(dtype) if residual else None,
     ]
     cotangent = torch.randn(rows, outputs).to(dtype)
 
@@ -87,6 +91,40 @@ def test_activations(implementation: str, activation: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("activation", ["relu", "geglu"])
 def test_without_bias(implementation: str, activation: str, dtype: torch.dtype) -> None:
     _compare(implementation, (19, 40, 70, 33), activation, dtype, bias=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "reglu"])
+def test_residual(implementation: str, activation: str, dtype: torch.dtype) -> None:
+    _compare(implementation, (19, 40, 70, 33), activation, dtype, dropout_p=0.3, residual=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_recompute_saves_no_activation_and_changes_no_bit(compiled: str, activation: str, dtype: torch.dtype) -> None:
+    rows, width, hidden = 150, 33, 70
+    sizes = ((rows, width), (hidden, width), (hidden,), (hidden, width), (hidden,), (width, hidden), (width,))
+    tensors = [torch.randn(size).to(dtype) / size[-1] ** 0.5 for size in sizes]
+    if activation in ACTIVATIONS:
+        tensors[3:5] = [None, None]  # type: ignore[list-item]
+
+    def run(recompute: bool) -> tuple[list[Tensor], int]:
+        saved = 0
+
+        def count(x: Tensor) -> Tensor:
+            nonlocal saved
+            saved += x.numel() if x.shape == (rows, hidden) else 0
+            return x
+
+        leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            out = _call(fastattn, [*leaves, None], activation, 0.3, recompute=recompute, implementation=compiled)
+        wanted = [x for x in leaves if x is not None]
+        return [out, *torch.autograd.grad(out.float().square().sum(), wanted)], saved
+
+    (kept, activations), (again, none) = run(False), run(True)
+    assert activations >= rows * hidden and none == 0
+    assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS])
@@ -172,6 +210,7 @@ BAD = [
     ({"b_in": torch.ones(4)}, ValueError, "b_in: expected shape (12,)"),
     ({"b_out": torch.ones(12)}, ValueError, "b_out: expected shape (4,)"),
     ({"x": torch.ones(2, 8).int()}, TypeError, "x: got dtype"),
+    ({"residual": torch.ones(2, 12)}, ValueError, "residual: expected shape (2, 4)"),
     ({"dropout_p": 2.0}, ValueError, "dropout_p: got 2.0"),
     ({"implementation": "cuda"}, NotImplementedError, "not written for ffn"),
 ]

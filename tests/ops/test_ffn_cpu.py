@@ -25,8 +25,15 @@ def test_several_blocks_of_everything(dtype: torch.dtype, activation: str) -> No
 
 @pytest.mark.parametrize("rows", [127, 129, 255])
 def test_around_a_row_block(compiled: str, rows: int) -> None:
-    """Up to 128 rows the weights are packed by each work item, beyond that once for all."""
+    """Up to 128 rows the backward pass packs the weights in each work item, beyond that once for all."""
     _compare(compiled, (rows, 70, 66, 40), "swiglu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("columns", [1024, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_weights_in_one_cache_set(dtype: torch.dtype, columns: int) -> None:
+    """A multiple of 4 KiB apart they are copied before they are multiplied."""
+    _compare("cpu", (37, columns, 50, 45), "gelu", dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -74,12 +74,13 @@ def _residual_norm(x: Tensor, residual: Tensor) -> Tensor:
     return y + h
 
 
-def _ffn(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor, b_out: Tensor) -> Tensor:
-    return fastattn.ffn(x, w_in, w_out, b_in, b_out, dropout_p=0.2, rng_state=RNG, implementation="cpu")
+def _ffn(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor, b_out: Tensor, residual: Tensor) -> Tensor:
+    options = {"dropout_p": 0.2, "rng_state": RNG, "implementation": "cpu"}
+    return fastattn.ffn(x, w_in, w_out, b_in, b_out, residual=residual, **options)  # type: ignore[arg-type]
 
 
 def _glu_ffn(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    return fastattn.glu_ffn(x, w_gate, w_up, w_down, implementation="cpu")
+    return fastattn.glu_ffn(x, w_gate, w_up, w_down, recompute=True, implementation="cpu")
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "layer_norm": (_layer_norm, ((3, 6), (3, 6), (6,), (6,))),
     "rms_norm": (_rms_norm, ((3, 6), (6,))),
     "residual_norm": (_residual_norm, ((3, 6), (3, 6))),
-    "ffn": (_ffn, ((3, 4), (7, 4), (5, 7), (7,), (5,))),
+    "ffn": (_ffn, ((3, 4), (7, 4), (5, 7), (7,), (5,), (3, 5))),
     "glu_ffn": (_glu_ffn, ((3, 4), (7, 4), (7, 4), (5, 7))),
     "linear": (_linear, ((3, 4), (5, 4), (5,), (3, 5))),
     "rope": (_rope, ((1, 2, 5, 6),)),
@@ -248,7 +249,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
     x, w, b = torch.randn(5, 6), torch.randn(6), torch.randn(6)
     y, h, mean, rstd = torch.ops.fastattn.norm_forward(x, x.clone(), w, b, 1e-5, False, 0.1, RNG)
     w_in, w_gate, w_out, b_in, b_out = (torch.randn(s) for s in ((9, 6), (9, 6), (4, 9), (9,), (4,)))
-    o, pre, gate = torch.ops.fastattn.ffn_forward(x, w_in, b_in, w_gate, b_in, w_out, b_out, 1, 0.1, RNG, True)
+    o, pre, gate = torch.ops.fastattn.ffn_forward(x, w_in, b_in, w_gate, b_in, w_out, b_out, None, 1, 0.1, RNG, True)
     target, ce = torch.tensor([1, 3, -100, 0, 2]), (-100, 0.1, 3.0, 0.1, 1)
     _, ce_stats = torch.ops.fastattn.cross_entropy_forward(x, target, w.abs(), *ce)
     _, stats, *_ = torch.ops.fastattn.linear_cross_entropy_forward(x, w_in, b_in, target, *ce, False, False, False)
@@ -258,7 +259,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "attention_backward": (*grads, q, k, v, out, lse, mask, slopes, sinks, *options, RNG, True, True, True),
         "norm_forward": (x, x.clone(), w, b, 1e-5, False, 0.1, RNG),
         "norm_backward": (torch.randn_like(y), torch.randn_like(h), h, w, mean, rstd, False, 0.1, RNG, True, True),
-        "ffn_forward": (x, w_in, b_in, w_gate, b_in.clone(), w_out, b_out, 1, 0.1, RNG, True),
+        "ffn_forward": (x, w_in, b_in, w_gate, b_in.clone(), w_out, b_out, torch.randn(5, 4), 1, 0.1, RNG, True),
         "ffn_backward": (torch.randn_like(o), x, w_in, w_gate, w_out, pre, gate, 1, 0.1, RNG, True, True, True),
         "linear_forward": (x, w_in, b_in, torch.randn(5, 9)),
         "linear_backward": (torch.randn(5, 9), x, w_in, True, True, True),

@@ -50,7 +50,7 @@ def _ffn() -> None:
     b = b.bfloat16()
     for gate, activation in ((None, 1), (w, 3)):
         b_gate = None if gate is None else b
-        out, pre, gated = ffn.ffn_forward(x, w, b, gate, b_gate, w, b, activation, 0.1, _RNG, True)
+        out, pre, gated = ffn.ffn_forward(x, w, b, gate, b_gate, w, b, None, activation, 0.1, _RNG, True)
         ffn.ffn_backward(out, x, w, gate, w, pre, gated, activation, 0.1, _RNG, True, True, True)
 
 
