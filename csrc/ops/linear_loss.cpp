@@ -72,9 +72,10 @@ double split_upstream(const CrossEntropyParams& p, const Tensor& dloss, const Te
 constexpr int64_t kClassBlock = 512, kStrip = 5 * kClassBlock;  // of 5 KiB in 16 bits: no multiple of 4 KiB
 // Columns of a work item of dx and dW: dW's turns over its rows of G once for all of them. And rows of any, at least.
 constexpr int64_t kMostColumns = 768, kLeastRows = 32;
-// All scratch together is at most this part of the logits in their dtype, from kLeastScratch on: a twelfth of what
-// log-softmax and its gradient hold.
-constexpr int64_t kLogitsPart = 4, kLeastScratch = 16 << 20, kMostScratch = 512 << 20;
+// All scratch together is at most this part of the logits in their dtype, from kLeastScratch on: less than a tenth of
+// what log-softmax and its gradient hold, which is three times the logits.
+constexpr double kLogitsPart = 0.28;
+constexpr int64_t kLeastScratch = 16 << 20, kMostScratch = 512 << 20;
 // Each chunk packs the weight twice and passes dW once; with fewer rows that takes longer than computing strips again.
 constexpr int64_t kLeastChunk = 3 * kRowBlock;
 
@@ -202,8 +203,8 @@ size_t LinearLoss::lay_out(void* base) {
 
 void LinearLoss::plan() {
   if (!wants_gradient()) return take_all_rows(0);
-  const auto limit =
-      static_cast<size_t>(std::clamp<int64_t>(rows_ * classes_ * element_ / kLogitsPart, kLeastScratch, kMostScratch));
+  const auto limit = static_cast<size_t>(std::clamp<int64_t>(
+      static_cast<int64_t>(kLogitsPart * rows_ * classes_ * element_), kLeastScratch, kMostScratch));
   const auto fits = [&](int64_t chunk, int64_t kept) {
     chunk_ = chunk, kept_ = kept;
     return lay_out(nullptr) <= limit;
