@@ -22,6 +22,14 @@ struct WholeVector {
   void store(Vec<A> x, T* p) const {
     x.store(p);
   }
+  template <class T>
+  void store(Vec<A> x, T* p, bool stream) const {
+    if (stream) {
+      x.stream(p);
+    } else {
+      x.store(p);
+    }
+  }
   Vec<A> only(Vec<A> x) const { return x; }
 };
 template <class A>
@@ -32,7 +40,7 @@ struct PartVector {
     return Vec<A>::load_n(p, n);
   }
   template <class T>
-  void store(Vec<A> x, T* p) const {
+  void store(Vec<A> x, T* p, bool = false) const {
     x.store_n(p, n);
   }
   // Zero in the lanes beyond the row.
@@ -98,8 +106,13 @@ inline const A* widened(const void* values, DType dtype, int64_t n, A fill, A* s
   if (dtype == (std::is_same_v<A, float> ? DType::kFloat32 : DType::kFloat64)) return static_cast<const A*>(values);
   dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const T* p = static_cast<const T*>(values);
-    for (int64_t i = 0; i < n; ++i) scratch[i] = static_cast<A>(to_acc(p[i]));
+    if constexpr (std::is_same_v<A, float> && !std::is_same_v<T, double>) {
+      const T* p = static_cast<const T*>(values);
+      each_vector<A>(
+          n, [&](int64_t i, int, auto vector) FASTATTN_IN_LINE { vector.store(vector.load(p + i), scratch + i); });
+    } else if constexpr (std::is_same_v<T, float>) {
+      std::copy_n(static_cast<const T*>(values), n, scratch);
+    }
   });
   return scratch;
 }
@@ -156,7 +169,8 @@ inline void moments_about(const T* const* x, const Acc<T>* centre, int64_t n, Mo
 #pragma GCC unroll 4
   for (int k = 0; k < kRows; ++k) {
     const A shift = deviations[k].total() / static_cast<A>(n);
-    moments[k] = {centre[k] + shift, squares[k].total() / static_cast<A>(n) - shift * shift};
+    // Fused by hand: where the compiler chooses, it fuses for one row and not for four, and bits would depend on it.
+    moments[k] = {centre[k] + shift, std::fma(-shift, shift, squares[k].total() / static_cast<A>(n))};
   }
 }
 
@@ -213,12 +227,19 @@ constexpr bool begins_line(int slot) {
   return slot * Vec<Acc<T>>::kLanes * sizeof(T) % 64 == 0;
 }
 
+// Whether rows of n elements from p on may be stored by Vec::stream.
+template <class T>
+inline bool streamable(const void* p, int64_t n) {
+  constexpr int64_t kBytes = Vec<Acc<T>>::kLanes * sizeof(T);
+  return reinterpret_cast<uintptr_t>(p) % kBytes == 0 && n * static_cast<int64_t>(sizeof(T)) % kBytes == 0;
+}
+
 // y = (x - mean) rstd w + b. Meanwhile the rows `ahead` elements further on, which come next, are on their way into the
 // cache: x to be read, y to be written.
 template <bool kBias, int kRows, class T>
 inline void normalize_rows(const T* const* x, T* const* y, int64_t n, const Moments<Acc<T>>* moments,
                            const Acc<T>* rstd, const Acc<T>* weight, const Acc<T>* bias, int64_t x_ahead,
-                           int64_t y_ahead) {
+                           int64_t y_ahead, bool stream) {
   using A = Acc<T>;
   Vec<A> centre[kRows], scale[kRows];
 #pragma GCC unroll 4
@@ -231,13 +252,13 @@ inline void normalize_rows(const T* const* x, T* const* y, int64_t n, const Mome
     for (int k = 0; k < kRows; ++k) {
       if (begins_line<T>(slot)) {
         __builtin_prefetch(x[k] + i + x_ahead);
-        __builtin_prefetch(y[k] + i + y_ahead, 1);
+        if (!stream) __builtin_prefetch(y[k] + i + y_ahead, 1);
       }
       const Vec<A> xhat = (vector.load(x[k] + i) - centre[k]) * scale[k];
       if constexpr (kBias) {
-        vector.store(fma(xhat, w, b), y[k] + i);
+        vector.store(fma(xhat, w, b), y[k] + i, stream);
       } else {
-        vector.store(xhat * w, y[k] + i);
+        vector.store(xhat * w, y[k] + i, stream);
       }
     }
   });
@@ -248,6 +269,7 @@ template <class A>
 struct NormOperands {
   const A *weight, *bias;  // bias null: none
   float* factor;           // dropout factors
+  bool stream;             // the result goes past the caches
 };
 
 // Rows [row, row + kRows), `ahead` rows of which follow.
@@ -276,14 +298,16 @@ inline void norm_forward_block(const NormForwardParams& p, int64_t row, int ahea
   A rstd[kRows];
   for (int k = 0; k < kRows; ++k) {
     rstd[k] = A(1) / std::sqrt(moments[k].variance + static_cast<A>(p.eps));
-    if (!p.rms) static_cast<A*>(p.mean)[row + k] = moments[k].mean;
-    static_cast<A*>(p.rstd)[row + k] = rstd[k];
+    if (p.mean != nullptr) static_cast<A*>(p.mean)[row + k] = moments[k].mean;
+    if (p.rstd != nullptr) static_cast<A*>(p.rstd)[row + k] = rstd[k];
   }
   const int64_t x_ahead = ahead * (p.h == nullptr ? p.x_stride : n), y_ahead = ahead * n;
   if (operands.bias != nullptr) {
-    normalize_rows<true, kRows>(x, y, n, moments, rstd, operands.weight, operands.bias, x_ahead, y_ahead);
+    normalize_rows<true, kRows>(x, y, n, moments, rstd, operands.weight, operands.bias, x_ahead, y_ahead,
+                                operands.stream);
   } else {
-    normalize_rows<false, kRows>(x, y, n, moments, rstd, operands.weight, operands.bias, x_ahead, y_ahead);
+    normalize_rows<false, kRows>(x, y, n, moments, rstd, operands.weight, operands.bias, x_ahead, y_ahead,
+                                 operands.stream);
   }
 }
 
@@ -302,12 +326,14 @@ inline void norm_forward_rows(const NormForwardParams& p, Range range) {
   operands.weight = widened<A>(p.weight, p.weight_dtype, n, A(1), scratch.take<A>(n));
   operands.bias = p.bias ? widened<A>(p.bias, p.weight_dtype, n, A(0), scratch.take<A>(n)) : nullptr;
   operands.factor = scratch.take<float>(kDropoutScratch);
+  operands.stream = p.stream && streamable<T>(p.y, n);
   constexpr int kRows = kForwardRows<T>;
   int64_t row = range.begin;
   for (; several_rows_fit<T>(n) && row + kRows <= range.end; row += kRows) {
     norm_forward_block<kRows, T>(p, row, row + 2 * kRows <= range.end ? kRows : 0, operands);
   }
   for (; row < range.end; ++row) norm_forward_block<1, T>(p, row, row + 1 < range.end ? 1 : 0, operands);
+  if (operands.stream) finish_streams();
 }
 
 // One row of the backward pass: its pointers, and what its statistics make of it.
@@ -358,12 +384,13 @@ enum class NormSums { kNone, kWeight, kWeightAndBias };
 // dh_total of kRows rows, and their share of the sums: a sum is loaded and stored once for all of them. The rows
 // `ahead` rows further on are on their way into the cache meanwhile.
 template <int kRows, NormSums kSums, class T>
-inline void finish_backward(const NormBackwardParams& p, const BackwardRow<T>* r, int ahead, const Acc<T>* weight,
-                            Acc<T>* dweight, Acc<T>* dbias) {
+inline void finish_backward(const NormBackwardParams& p, const BackwardRow<T>* r, int ahead,
+                            const NormOperands<Acc<T>>& operands, Acc<T>* dweight, Acc<T>* dbias) {
   using A = Acc<T>;
   const int64_t n = p.columns, dy_ahead = ahead * p.dy_stride, h_ahead = ahead * p.h_stride, out_ahead = ahead * n;
+  const bool stream = operands.stream;
   each_vector<A>(n, [&](int64_t i, int slot, auto vector) FASTATTN_IN_LINE {
-    const Vec<A> w = vector.load(weight + i);
+    const Vec<A> w = vector.load(operands.weight + i);
     Vec<A> weight_sum, bias_sum;
     if constexpr (kSums != NormSums::kNone) weight_sum = vector.load(dweight + i);
     if constexpr (kSums == NormSums::kWeightAndBias) bias_sum = vector.load(dbias + i);
@@ -372,7 +399,7 @@ inline void finish_backward(const NormBackwardParams& p, const BackwardRow<T>* r
       if (begins_line<T>(slot)) {
         __builtin_prefetch(r[k].dy + i + dy_ahead);
         __builtin_prefetch(r[k].h + i + h_ahead);
-        __builtin_prefetch(r[k].dh_total + i + out_ahead, 1);
+        if (!stream) __builtin_prefetch(r[k].dh_total + i + out_ahead, 1);
       }
       const Vec<A> dy = vector.load(r[k].dy + i), rstd(r[k].rstd);
       const Vec<A> xhat = (vector.load(r[k].h + i) - Vec<A>(r[k].mean)) * rstd;
@@ -380,7 +407,7 @@ inline void finish_backward(const NormBackwardParams& p, const BackwardRow<T>* r
       if constexpr (kSums == NormSums::kWeightAndBias) bias_sum = bias_sum + dy;
       Vec<A> dh = fnma(xhat, Vec<A>(r[k].rstd_c2), rstd * (dy * w) - Vec<A>(r[k].rstd_c1));
       if (r[k].dh != nullptr) dh = dh + vector.load(r[k].dh + i);
-      vector.store(dh, r[k].dh_total + i);
+      vector.store(dh, r[k].dh_total + i, stream);
     }
     if constexpr (kSums != NormSums::kNone) vector.store(weight_sum, dweight + i);
     if constexpr (kSums == NormSums::kWeightAndBias) vector.store(bias_sum, dbias + i);
@@ -392,7 +419,7 @@ inline void norm_backward_block(const NormBackwardParams& p, int64_t row, int ah
                                 const NormOperands<Acc<T>>& operands, Acc<T>* dweight, Acc<T>* dbias) {
   BackwardRow<T> block[kRows];
   begin_backward<kRows>(p, row, operands.weight, block);
-  finish_backward<kRows, kSums>(p, block, ahead, operands.weight, dweight, dbias);
+  finish_backward<kRows, kSums>(p, block, ahead, operands, dweight, dbias);
   for (int k = 0; k < kRows && p.dropout.threshold > 0; ++k) {
     T* dx = static_cast<T*>(p.dx) + (row + k) * p.columns;
     drop_and_add<T>(block[k].dh_total, nullptr, dx, p.columns, p.dropout, row + k, operands.factor);
@@ -420,6 +447,7 @@ inline void norm_backward_chunks(const NormBackwardParams& p, Range range) {
   NormOperands<A> operands;
   operands.weight = widened<A>(p.weight, p.weight_dtype, n, A(1), scratch.take<A>(n));
   operands.factor = scratch.take<float>(kDropoutScratch);
+  operands.stream = p.stream && streamable<T>(p.dh_total, n);
   for (int64_t chunk = range.begin; chunk < range.end; ++chunk) {
     const Range rows{chunk * p.chunk_rows, std::min((chunk + 1) * p.chunk_rows, p.rows)};
     if (p.partial_dweight == nullptr) {
@@ -436,6 +464,7 @@ inline void norm_backward_chunks(const NormBackwardParams& p, Range range) {
     std::fill(dbias, dbias + n, A(0));
     norm_backward_chunk<NormSums::kWeightAndBias, T>(p, rows, operands, dweight, dbias);
   }
+  if (operands.stream) finish_streams();
 }
 
 // out[i] = Σ_chunks partial[chunk][i] for the columns of `range`, rounded once.

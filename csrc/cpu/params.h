@@ -77,9 +77,10 @@ struct NormForwardParams {
   int64_t x_stride, residual_stride;
   const void *weight, *bias;
   void *y, *h;        // h null when it would equal x (no residual, no dropout)
-  void *mean, *rstd;  // (rows,) in the accumulation dtype; mean null for rms
+  void *mean, *rstd;  // (rows,) in the accumulation dtype; mean null for rms, both in inference
   double eps;
   bool rms;
+  bool stream;  // y leaves the caches anyway: store past them
   Dropout dropout;
 };
 
@@ -97,6 +98,7 @@ struct NormBackwardParams {
       *partial_dbias;     // (chunks, columns), accumulation dtype; null where not wanted, bias needs weight
   void *dweight, *dbias;  // (columns,) in weight_dtype; null where not wanted
   bool rms;
+  bool stream;  // as above, dh_total; not with dropout, which reads it again
   Dropout dropout;
 };
 

@@ -69,6 +69,11 @@ struct Vec<float> {
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_n(float* p, int64_t n) const { _mm256_maskstore_ps(p, lane_mask32(n), v); }
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  template <class T>
+  void stream(T* p) const {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(T{}, v));
+  }
   template <class T>
   void store(T* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(T{}, v));
@@ -98,11 +103,13 @@ struct Vec<double> {
   }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void store_n(double* p, int64_t n) const { _mm256_maskstore_pd(p, lane_mask64(n), v); }
+  void stream(double* p) const { _mm256_stream_pd(p, v); }
   static Vec iota(double start) { return Vec(_mm256_add_pd(_mm256_set1_pd(start), _mm256_setr_pd(0, 1, 2, 3))); }
 };
 
 using VecF = Vec<float>;
 using VecD = Vec<double>;
+inline void finish_streams() { _mm_sfence(); }
 // Lane masks are vectors of all-ones or zero.
 struct MaskF {
   __m256 m;
@@ -188,6 +195,24 @@ inline double reduce_add(VecD a) {
 inline double reduce_max(VecD a) {
   const __m128d x = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
+}
+
+inline void unzip(VecF* a, VecF* b) {
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a->v, b->v, 0x88));
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a->v, b->v, 0xdd));
+  a->v = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)), b->v = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+}
+inline void zip(VecF* a, VecF* b) {
+  const __m256 low = _mm256_unpacklo_ps(a->v, b->v), high = _mm256_unpackhi_ps(a->v, b->v);
+  a->v = _mm256_permute2f128_ps(low, high, 0x20), b->v = _mm256_permute2f128_ps(low, high, 0x31);
+}
+inline void unzip(VecD* a, VecD* b) {
+  const __m256d even = _mm256_unpacklo_pd(a->v, b->v), odd = _mm256_unpackhi_pd(a->v, b->v);
+  a->v = _mm256_permute4x64_pd(even, 0xd8), b->v = _mm256_permute4x64_pd(odd, 0xd8);
+}
+inline void zip(VecD* a, VecD* b) {
+  const __m256d low = _mm256_unpacklo_pd(a->v, b->v), high = _mm256_unpackhi_pd(a->v, b->v);
+  a->v = _mm256_permute2f128_pd(low, high, 0x20), b->v = _mm256_permute2f128_pd(low, high, 0x31);
 }
 
 // p * 2^n for integral n in [-253, 254], in two steps so that subnormal results round once.

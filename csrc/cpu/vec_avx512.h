@@ -55,6 +55,11 @@ struct Vec<float> {
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_n(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, lanes16(n), v); }
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  template <class T>
+  void stream(T* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, v));
+  }
   template <class T>
   void store(T* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, v));
@@ -83,6 +88,7 @@ struct Vec<double> {
   static Vec load_n(const float* p, int64_t n) { return Vec(_mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes8(n), p))); }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void store_n(double* p, int64_t n) const { _mm512_mask_storeu_pd(p, lanes8(n), v); }
+  void stream(double* p) const { _mm512_stream_pd(p, v); }
   static Vec iota(double start) {
     return Vec(_mm512_add_pd(_mm512_set1_pd(start), _mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7)));
   }
@@ -90,6 +96,7 @@ struct Vec<double> {
 
 using VecF = Vec<float>;
 using VecD = Vec<double>;
+inline void finish_streams() { _mm_sfence(); }
 struct MaskF {
   __mmask16 m;
 };
@@ -160,6 +167,29 @@ inline float reduce_add(VecF a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(VecF a) { return _mm512_reduce_max_ps(a.v); }
 inline double reduce_add(VecD a) { return _mm512_reduce_add_pd(a.v); }
 inline double reduce_max(VecD a) { return _mm512_reduce_max_pd(a.v); }
+
+inline void unzip(VecF* a, VecF* b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 first = _mm512_permutex2var_ps(a->v, even, b->v);
+  b->v = _mm512_permutex2var_ps(a->v, odd, b->v), a->v = first;
+}
+inline void zip(VecF* a, VecF* b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 first = _mm512_permutex2var_ps(a->v, low, b->v);
+  b->v = _mm512_permutex2var_ps(a->v, high, b->v), a->v = first;
+}
+inline void unzip(VecD* a, VecD* b) {
+  const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), odd = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
+  const __m512d first = _mm512_permutex2var_pd(a->v, even, b->v);
+  b->v = _mm512_permutex2var_pd(a->v, odd, b->v), a->v = first;
+}
+inline void zip(VecD* a, VecD* b) {
+  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  const __m512d first = _mm512_permutex2var_pd(a->v, low, b->v);
+  b->v = _mm512_permutex2var_pd(a->v, high, b->v), a->v = first;
+}
 
 inline VecF round_nearest(VecF x) {
   return VecF(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -38,12 +38,19 @@ struct Vec {
   void store_n(T* p, int64_t n) const {
     if (n > 0) store(p);
   }
+  // Past the caches, for what nobody reads soon; p is a multiple of the bytes stored. finish_streams() before another
+  // thread may read.
+  template <class T>
+  void stream(T* p) const {
+    store(p);
+  }
   // Lane i holds start + i.
   static Vec iota(A start) { return Vec(start); }
 };
 
 using VecF = Vec<float>;
 using VecD = Vec<double>;
+inline void finish_streams() {}
 using MaskF = bool;
 using MaskD = bool;
 
@@ -129,6 +136,11 @@ template <class A>
 inline Vec<A> copysign(Vec<A> a, Vec<A> sign) {
   return Vec<A>(std::copysign(a.v, sign.v));
 }
+// a and b hold consecutive pairs; unzip leaves the first of each pair in a and the second in b, zip puts them back.
+template <class A>
+inline void unzip(Vec<A>*, Vec<A>*) {}
+template <class A>
+inline void zip(Vec<A>*, Vec<A>*) {}
 inline Vec<float> round_nearest(Vec<float> a) { return Vec<float>(std::nearbyint(a.v)); }
 // p * 2^rounded for an integral `rounded`.
 inline Vec<float> scale_by_rounded(Vec<float> p, Vec<float> rounded) {

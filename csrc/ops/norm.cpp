@@ -1,8 +1,13 @@
 #include "ops/norm.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/kernel_table.h"
+
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 
 namespace fastattn {
 
@@ -16,6 +21,30 @@ constexpr int64_t kElementsPerThread = 32768;
 // traffic).
 int64_t chunk_rows(int64_t rows, int64_t, int) { return std::max<int64_t>((rows + 63) / 64, 16); }
 
+int64_t last_cache_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return int64_t{32} << 20;
+}
+
+// A result larger than half of the last cache is not in it when it is read, and stores past the caches spare reading
+// what they overwrite: float32 8192 x 768 on two Zen 5 cores, forward 120 to 100 ns a row, backward 200 to 155.
+template <class Params>
+bool outgrows_cache(const Params& p, const Tensor& result) {
+  static const int64_t limit = last_cache_bytes() / 2;
+  return p.rows * p.columns * static_cast<int64_t>(result.element_size()) > limit;
+}
+
+Tensor allocate(std::initializer_list<int64_t> shape, ScalarType type) { return empty(shape, type); }
+
+void run_forward(const NormForwardParams& p) {
+  const KernelTable& table = kernels();
+  const int64_t grain = std::max<int64_t>(kElementsPerThread / std::max<int64_t>(p.columns, 1), 1);
+  parallel_for(p.rows, grain, [&](Range range) { table.norm_forward(p, range); });
+}
+
 }  // namespace
 
 NormResults norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
@@ -23,11 +52,31 @@ NormResults norm_forward(const Tensor& x, const OptionalTensor& residual, const 
                          const OptionalTensor& rng_state) {
   NormForwardParams p;
   const NormResults results =
-      prepare_norm_forward(x, residual, weight, bias, eps, rms, make_dropout(dropout_p, rng_state), &p, empty);
-  const KernelTable& table = kernels();
-  const int64_t grain = std::max<int64_t>(kElementsPerThread / std::max<int64_t>(p.columns, 1), 1);
-  parallel_for(p.rows, grain, [&](Range range) { table.norm_forward(p, range); });
+      prepare_norm_forward(x, residual, weight, bias, eps, rms, make_dropout(dropout_p, rng_state), &p, allocate);
+  p.stream = outgrows_cache(p, x);
+  run_forward(p);
   return results;
+}
+
+Tensor norm_inference(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, int64_t columns,
+                      double eps, bool rms) {
+  const int64_t last = x.dim() - 1;
+  FASTATTN_CHECK(last >= 0 && x.size(last) == columns && x.scalar_type() != ScalarType::Bool,
+                 "norm: x is not a floating tensor of `columns` columns");
+  FASTATTN_CHECK(x.is_contiguous() || (last == 1 && has_unit_columns(x)), "norm: x has no rows of one stride");
+  FASTATTN_CHECK(std::isfinite(eps) && eps >= 0, "norm: eps is not a finite number >= 0");
+  check_parameters(weight, bias, x, columns);
+  NormForwardParams p;
+  p.dtype = dtype_of(x), p.columns = columns, p.rows = columns > 0 ? x.numel() / columns : 0;
+  const OptionalTensor& parameter = weight.has_value() ? weight : bias;
+  p.weight_dtype = parameter.has_value() ? parameter_dtype(parameter->scalar_type(), x) : p.dtype;
+  const Tensor y = empty(x.sizes(), x.scalar_type());
+  p.x = x.const_data_ptr(), p.x_stride = last == 1 ? x.stride(0) : columns;
+  p.residual = nullptr, p.residual_stride = 0, p.h = p.mean = p.rstd = nullptr;
+  p.weight = data_or_null(weight), p.bias = data_or_null(bias), p.y = y.mutable_data_ptr();
+  p.eps = eps, p.rms = rms, p.stream = outgrows_cache(p, x);
+  run_forward(p);
+  return y;
 }
 
 NormResults norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const OptionalTensor& weight,
@@ -37,7 +86,8 @@ NormResults norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tens
   std::tuple<Tensor, Tensor> partials;
   const NormResults results =
       prepare_norm_backward(dy, dh, h, weight, mean, rstd, rms, make_dropout(dropout_p, rng_state), weight_grad,
-                            bias_grad, &p, &partials, empty, chunk_rows);
+                            bias_grad, &p, &partials, allocate, chunk_rows);
+  p.stream = p.dropout.threshold == 0 && outgrows_cache(p, h);
   const KernelTable& table = kernels();
   const int64_t chunks = (p.rows + p.chunk_rows - 1) / p.chunk_rows, columns = std::max<int64_t>(p.columns, 1);
   const int64_t grain = std::max<int64_t>(kElementsPerThread / (columns * p.chunk_rows), 1);

@@ -21,11 +21,20 @@ inline void check_rows(const OptionalTensor& t, const Tensor& like, const char* 
                  "norm: ", name, " is not a tensor of the shape, dtype and device of x with unit last stride");
 }
 
-inline void check_columns(const OptionalTensor& t, const Tensor& like, const char* name) {
+inline void check_columns(const OptionalTensor& t, const Tensor& like, int64_t columns, const char* name) {
   if (!t.has_value()) return;
-  FASTATTN_CHECK(t->dim() == 1 && t->size(0) == like.size(1) && t->is_contiguous() && t->device() == like.device() &&
+  FASTATTN_CHECK(t->dim() == 1 && t->size(0) == columns && t->is_contiguous() && t->device() == like.device() &&
                      (t->scalar_type() == like.scalar_type() || t->scalar_type() == ScalarType::Float),
                  "norm: ", name, " is not a contiguous (columns,) tensor in the dtype of x or float32, on its device");
+}
+
+inline void check_parameters(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x,
+                             int64_t columns) {
+  FASTATTN_CHECK(columns <= kMaxColumns, "norm: more than ", kMaxColumns, " columns");
+  check_columns(weight, x, columns, "weight");
+  check_columns(bias, x, columns, "bias");
+  FASTATTN_CHECK(!weight.has_value() || !bias.has_value() || weight->scalar_type() == bias->scalar_type(),
+                 "norm: weight and bias differ in dtype");
 }
 
 inline void check_statistics(const Tensor& t, const Tensor& like, const char* name) {
@@ -45,12 +54,8 @@ inline NormResults prepare_norm_forward(const Tensor& x, const OptionalTensor& r
                                         const OptionalTensor& bias, double eps, bool rms, const Dropout& dropout,
                                         NormForwardParams* p, Allocate&& allocate) {
   FASTATTN_CHECK(x.dim() == 2 && has_unit_columns(x), "norm: x is not 2-D with unit last stride");
-  FASTATTN_CHECK(x.size(1) <= kMaxColumns, "norm: more than ", kMaxColumns, " columns");
   check_rows(residual, x, "residual");
-  check_columns(weight, x, "weight");
-  check_columns(bias, x, "bias");
-  FASTATTN_CHECK(!weight.has_value() || !bias.has_value() || weight->scalar_type() == bias->scalar_type(),
-                 "norm: weight and bias differ in dtype");
+  check_parameters(weight, bias, x, x.size(1));
   const ScalarType type = x.scalar_type(), statistics = accumulation_type(type);
   const OptionalTensor& parameter = weight.has_value() ? weight : bias;
   p->dtype = dtype_of(x), p->weight_dtype = parameter_dtype(parameter.has_value() ? parameter->scalar_type() : type, x);
@@ -67,7 +72,7 @@ inline NormResults prepare_norm_forward(const Tensor& x, const OptionalTensor& r
   p->weight = data_or_null(weight), p->bias = data_or_null(bias);
   p->y = y.mutable_data_ptr(), p->h = changed ? h.mutable_data_ptr() : nullptr;
   p->mean = rms ? nullptr : mean.mutable_data_ptr(), p->rstd = rstd.mutable_data_ptr();
-  p->eps = eps, p->rms = rms;
+  p->eps = eps, p->rms = rms, p->stream = false;
   return {y, h, mean, rstd};
 }
 
@@ -82,7 +87,7 @@ inline NormResults prepare_norm_backward(const Tensor& dy, const OptionalTensor&
   FASTATTN_CHECK(h.dim() == 2 && has_unit_columns(h), "norm: h is not 2-D with unit last stride");
   check_rows(dy, h, "dy");
   check_rows(dh, h, "dh");
-  check_columns(weight, h, "weight");
+  check_columns(weight, h, h.size(1), "weight");
   check_statistics(rstd, h, "rstd");
   if (!rms) check_statistics(mean, h, "mean");
   const ScalarType type = h.scalar_type(), parameter_type = weight.has_value() ? weight->scalar_type() : type;
@@ -111,7 +116,7 @@ inline NormResults prepare_norm_backward(const Tensor& dy, const OptionalTensor&
   p->partial_dbias = bias_grad ? partial_dbias.mutable_data_ptr() : nullptr;
   p->dweight = weight_grad ? dweight.mutable_data_ptr() : nullptr;
   p->dbias = bias_grad ? dbias.mutable_data_ptr() : nullptr;
-  p->rms = rms;
+  p->rms = rms, p->stream = false;
   return {dh_total, dx, dweight, dbias};
 }
 

@@ -6,10 +6,13 @@
 
 namespace fastattn {
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate);
+void rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate);
 
 NormResults norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                          const OptionalTensor& bias, double eps, bool rms, double dropout_p,
                          const OptionalTensor& rng_state);
+Tensor norm_inference(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, int64_t columns,
+                      double eps, bool rms);
 NormResults norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const OptionalTensor& weight,
                           const Tensor& mean, const Tensor& rstd, bool rms, double dropout_p,
                           const OptionalTensor& rng_state, bool weight_grad, bool bias_grad);
@@ -65,8 +68,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
   m.impl("rope", TORCH_BOX(&fastattn::rope));
+  m.impl("rope_", TORCH_BOX(&fastattn::rope_));
 
   m.impl("norm_forward", TORCH_BOX(&fastattn::norm_forward));
+  m.impl("norm_inference", TORCH_BOX(&fastattn::norm_inference));
   m.impl("norm_backward", TORCH_BOX(&fastattn::norm_backward));
   m.impl("linear_forward", TORCH_BOX(&fastattn::linear_forward));
   m.impl("linear_backward", TORCH_BOX(&fastattn::linear_backward));

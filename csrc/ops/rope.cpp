@@ -3,8 +3,10 @@
 
 namespace fastattn {
 
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate) {
-  FASTATTN_CHECK(x.dim() == 4 && cos.dim() == 3 && sin.dim() == 3, "rope: x is 4-D, cos and sin are 3-D");
+namespace {
+
+// What rope and rope_ do alike: check the tensors and rotate x into y, which may be x.
+void rotate(const Tensor& x, const Tensor& y, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate) {
   RopeParams p;
   p.dtype = dtype_of(x);
   p.batch = x.size(0), p.heads = x.size(1), p.rows = x.size(2), p.head_dim = x.size(3);
@@ -19,7 +21,6 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interlea
       cos.is_contiguous() && sin.is_contiguous() && cos.scalar_type() == angle_type && sin.scalar_type() == angle_type,
       "rope: cos and sin are not contiguous in the accumulation dtype");
 
-  const Tensor y = empty({p.batch, p.heads, p.rows, p.head_dim}, x.scalar_type());
   p.x = x.const_data_ptr(), p.y = y.mutable_data_ptr();
   for (int i = 0; i < 3; ++i) p.x_stride[i] = x.stride(i), p.y_stride[i] = y.stride(i);
   p.cos = cos.const_data_ptr(), p.sin = sin.const_data_ptr();
@@ -29,7 +30,28 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interlea
   const KernelTable& table = kernels();
   const int64_t grain = 16384 / std::max<int64_t>(p.head_dim, 1) + 1;
   parallel_for(p.batch * p.heads * p.rows, grain, [&](Range range) { table.rope(p, range); });
+}
+
+void check_dimensions(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  FASTATTN_CHECK(x.dim() == 4 && cos.dim() == 3 && sin.dim() == 3, "rope: x is 4-D, cos and sin are 3-D");
+}
+
+}  // namespace
+
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate) {
+  check_dimensions(x, cos, sin);
+  const int64_t batch = x.size(0), heads = x.size(1), rows = x.size(2), head_dim = x.size(3);
+  // In x's memory order, as elementwise operators give.
+  const Tensor y = x.stride(1) < x.stride(2)
+                       ? torch::stable::transpose(empty({batch, rows, heads, head_dim}, x.scalar_type()), 1, 2)
+                       : empty({batch, heads, rows, head_dim}, x.scalar_type());
+  rotate(x, y, cos, sin, interleaved, conjugate);
   return y;
+}
+
+void rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate) {
+  check_dimensions(x, cos, sin);
+  rotate(x, x, cos, sin, interleaved, conjugate);
 }
 
 }  // namespace fastattn

@@ -92,7 +92,7 @@ ScalarType accumulation_type(ScalarType type) { return type == ScalarType::Doubl
 constexpr size_t kMostDims = 4;
 
 // Straight to the allocator: torch::stable::empty looks its operator up by name on every call, which takes 1 µs.
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
   FASTATTN_CHECK(shape.size() <= kMostDims, "empty: more dimensions than any result has");
   int64_t stride[kMostDims];
   int64_t count = 1;

@@ -27,7 +27,10 @@ using OptionalTensor = std::optional<Tensor>;
 DType dtype_of(const Tensor& x);
 ScalarType accumulation_type(ScalarType type);  // float64 for float64, else float32
 
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType type);  // CPU
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type);  // CPU
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  return empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+}
 inline Tensor none(const Tensor& like) { return empty({0}, like.scalar_type()); }
 
 inline const void* data_or_null(const OptionalTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }

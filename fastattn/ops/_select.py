@@ -49,6 +49,12 @@ class _Explained(Exception):
 _explaining = False
 
 
+def cpu_in_short(implementation: str) -> bool:
+    """Whether a call on CPU tensors that the C++ kernels take runs on them, with nothing more to ask: `auto` never takes a rung
+    above cpu there. Small calls feel every microsecond."""
+    return asked(implementation) == "auto" and _library.cpu_is_fast and not _explaining
+
+
 def explain(function: Callable[..., object], *args: object, **kwargs: object) -> Explanation:
     """Which implementation ``function(*args, **kwargs)`` would run and why; validates the arguments, computes nothing.
 
@@ -91,9 +97,7 @@ def choose(op: str, implementation: str, device: torch.device, why_not: dict[str
     ``auto``.
     """
     implementation = asked(implementation)
-    # The common call in short, small calls feel every microsecond: on the CPU `auto` never takes a rung above cpu.
-    short = implementation == "auto" and _library.cpu_is_fast and device.type == "cpu" and not _explaining
-    if short and "cpu" in why_not and why_not["cpu"]() is None:
+    if device.type == "cpu" and cpu_in_short(implementation) and "cpu" in why_not and why_not["cpu"]() is None:
         return "cpu"
     if implementation not in ("auto", *IMPLEMENTATIONS):
         allowed = ", ".join(("auto", *IMPLEMENTATIONS))

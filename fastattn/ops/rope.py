@@ -35,7 +35,8 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        return _Rope.apply(dy, cos, sin, ctx.interleaved, not ctx.conjugate), None, None, None, None
+        rotate = _Rope.apply if torch.is_grad_enabled() else _Rope.forward
+        return rotate(dy, cos, sin, ctx.interleaved, not ctx.conjugate), None, None, None, None
 
 
 class _RopeDual(_Rope):
@@ -47,7 +48,15 @@ class _RopeDual(_Rope):
         return torch.ops.fastattn.rope(dx.contiguous(), cos, sin, ctx.interleaved, ctx.conjugate)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, implementation: str = "auto") -> Tensor:
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    implementation: str = "auto",
+) -> Tensor:
     """Rotate pairs of channels of x by the angles whose cosines and sines are given.
 
     ``(a, b) -> (a cos - b sin, b cos + a sin)`` with ``(a, b) = (x[i], x[i + R/2])``, or ``(x[2i], x[2i + 1])`` if
@@ -58,10 +67,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, impl
         cos, sin: (N, R/2) or (B, N, R/2) with R ≤ D even, floating; computed with in float32 (float64 for float64 x). They are
             constants: asking for their gradient raises.
         interleaved: pairs of neighbours (GPT-J, the original Llama weights) instead of halves (GPT-NeoX, transformers' Llama).
+        inplace: overwrite x and return it. Refused where x requires a gradient, or where its elements share memory.
         implementation: auto | cpu | reference.
 
     Returns:
-        The rotated tensor, (B, H, N, D) in x's dtype. Its gradient is the rotation by the opposite angle.
+        The rotated tensor, (B, H, N, D) in x's dtype and memory order. Its gradient is the rotation by the opposite angle.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device; NotImplementedError: the named implementation cannot.
@@ -81,13 +91,33 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, impl
     if cos.shape != sin.shape:
         raise ValueError(f"sin: shape {tuple(sin.shape)} differs from cos's {tuple(cos.shape)}")
 
+    if inplace:
+        _check_inplace(x)
+
     chosen = choose("rope", implementation, x.device, {"cpu": lambda: None})
     if chosen == "reference":
-        return reference.rope(x, cos, sin, interleaved=interleaved)
+        y = reference.rope(x, cos, sin, interleaved=interleaved)
+        return x.copy_(y) if inplace else y
     accumulate = accumulation_dtype(x.dtype)
     angles = [(a if a.dim() == 3 else a.unsqueeze(0)).to(accumulate).contiguous() for a in (cos, sin)]
+    if inplace and x.stride(-1) == 1:
+        torch.ops.fastattn.rope_(x, *angles, interleaved, False)
+        if not torch.compiler.is_compiling():  # a compiled graph functionalizes the operator
+            torch.autograd.graph.increment_version(x)
+        return x
+    if inplace:
+        return x.copy_(torch.ops.fastattn.rope(x.contiguous(), *angles, interleaved, False))
     if x.stride(-1) != 1:
         x = x.contiguous()
     if wants_gradient(x):
         return (_RopeDual if forward_mode() else _Rope).apply(x, *angles, interleaved, False)
     return torch.ops.fastattn.rope(x, *angles, interleaved, False)
+
+
+def _check_inplace(x: Tensor) -> None:
+    if wants_gradient(x):
+        raise ValueError(
+            "inplace: x requires a gradient (or forward mode is on): rotate out of place, or under torch.no_grad()"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"inplace: elements of x share memory (strides {x.stride()})")

@@ -25,8 +25,11 @@ def layer_norm(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     return_residual: bool = False,
+    zero_centered_weight: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`fastattn.layer_norm`: y = (h - mean) / sqrt(var + eps) · weight + bias, h = dropout(x) + residual."""
+    if zero_centered_weight and weight is not None:
+        weight = weight.to(accumulation_dtype(x.dtype)) + 1
     return _norm(x, normalized_shape, weight, bias, eps, False, residual, dropout_p, rng_state, return_residual)
 
 
@@ -40,9 +43,12 @@ def rms_norm(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     return_residual: bool = False,
+    zero_centered_weight: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`fastattn.rms_norm`: y = h / sqrt(mean(h²) + eps) · weight, h = dropout(x) + residual."""
     eps = default_eps(x.dtype) if eps is None else eps
+    if zero_centered_weight and weight is not None:
+        weight = weight.to(accumulation_dtype(x.dtype)) + 1
     return _norm(x, normalized_shape, weight, None, eps, True, residual, dropout_p, rng_state, return_residual)
 
 

@@ -51,7 +51,7 @@ class Forward(ctypes.Structure):
         *_fields(
             "d:dtype weight_dtype;n:rows columns;p:x residual;n:x_stride residual_stride;p:weight bias y h mean rstd"
         ),
-        *_fields("f:eps;b:rms"),
+        *_fields("f:eps;b:rms stream"),
         ("dropout", Dropout),
     ]
 
@@ -61,7 +61,7 @@ class Backward(ctypes.Structure):
 
     _fields_ = [
         *_fields("d:dtype weight_dtype;n:rows columns chunk_rows;p:dy dh h;n:dy_stride dh_stride h_stride"),
-        *_fields("p:weight mean rstd dh_total dx partial_dweight partial_dbias dweight dbias;b:rms"),
+        *_fields("p:weight mean rstd dh_total dx partial_dweight partial_dbias dweight dbias;b:rms stream"),
         ("dropout", Dropout),
     ]
 
@@ -99,7 +99,7 @@ def _forward(kernels: ctypes.CDLL, inputs: list[Tensor | None], eps: float, rms:
     call = Forward(
         DTYPES[x.dtype], DTYPES[parameter.dtype], *x.shape, _pointer(x), _pointer(residual), x.stride(0),
         0 if residual is None else residual.stride(0), _pointer(weight), _pointer(bias), _pointer(y),
-        _pointer(h) if changed else None, None if rms else _pointer(mean), _pointer(rstd), eps, rms, _dropout(p),
+        _pointer(h) if changed else None, None if rms else _pointer(mean), _pointer(rstd), eps, rms, False, _dropout(p),
     )  # fmt: skip
     kernels.norm_forward(ctypes.byref(call))
     return [y, h if changed else x, mean, rstd]
@@ -120,7 +120,7 @@ def _backward(
         DTYPES[h.dtype], DTYPES[parameter.dtype], rows, columns, chunk_rows, _pointer(dy), _pointer(dh), _pointer(h),
         dy.stride(0), dh.stride(0), h.stride(0), _pointer(weight), None if rms else _pointer(mean), _pointer(rstd),
         _pointer(total), _pointer(dx) if p > 0 else None, _pointer(partial[0]), _pointer(partial[1]),
-        _pointer(dweight), _pointer(dbias), rms, _dropout(p),
+        _pointer(dweight), _pointer(dbias), rms, False, _dropout(p),
     )  # fmt: skip
     kernels.norm_backward(ctypes.byref(call))
     return [total, dx if p > 0 else total, dweight, dbias]

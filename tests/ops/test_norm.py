@@ -106,6 +106,35 @@ def test_options(implementation: str, rms: bool, options: dict, dtype: torch.dty
     _compare(implementation, rms, (37, 129), dtype, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_zero_centered_weight(implementation: str, rms: bool, dtype: torch.dtype) -> None:
+    """(1 + weight), small weights: rounding the sum to 16 bits would cost what a norm may not."""
+    x, weight, bias = (torch.randn(37, 129).to(dtype), (0.01 * torch.randn(129)).to(dtype), torch.randn(129).to(dtype))
+    dy = torch.randn(37, 129).to(dtype)
+
+    def run(function, wide, **options):  # type: ignore[no-untyped-def]
+        leaves = [t.to(wide).requires_grad_() for t in ((x, weight) if rms else (x, weight, bias))]
+        y = function(leaves[0], (129,), *leaves[1:], eps=1e-5, **options)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(wide))]
+
+    def eager(x, shape, weight, bias=None, *, eps):  # type: ignore[no-untyped-def]
+        return plain.rms_norm(x, 1 + weight, None, eps) if rms else plain.layer_norm(x, 1 + weight, bias, eps)
+
+    ours, exact = (getattr(module, "rms_norm" if rms else "layer_norm") for module in (fastattn, reference))
+    results = [
+        run(ours, dtype, zero_centered_weight=True, implementation=implementation),
+        run(eager, dtype),
+        run(exact, torch.float64, zero_centered_weight=True),
+    ]
+    for name, a, p, e in zip(("y", "dx", "dweight", "dbias"), *results, strict=False):
+        assert_accurate(a, p, e, name, terms=129)
+    with torch.no_grad():
+        inference = ours(x, (129,), *((weight,) if rms else (weight, bias)), eps=1e-5, zero_centered_weight=True)
+    if implementation == "cpu":
+        assert torch.equal(inference, results[0][0])
+
+
 def test_one_column(implementation: str) -> None:
     """Layer norm of one number is the bias, and its gradient zero up to rounding of dy / sqrt(eps)."""
     x, weight, bias = torch.randn(5, 1, requires_grad=True), torch.full((1,), 2.0), torch.full((1,), 0.25)
@@ -178,6 +207,23 @@ def test_results_do_not_depend_on_threads_or_batch(compiled: str, dtype: torch.d
     assert all(torch.equal(a, b[500:501]) for a, b in zip(run(x[500:501])[:2], expected[:2], strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_inference_gives_the_bits_of_training(rms: bool, dtype: torch.dtype) -> None:
+    """Without gradients a call on CPU tensors goes a shorter way."""
+    function = fastattn.rms_norm if rms else fastattn.layer_norm
+    wide = torch.randn(6, 5, 300).to(dtype)
+    weights = [torch.randn(33).to(dtype) for _ in range(1 if rms else 2)]
+    for x in (wide[..., :33], wide[0, :, 7:40], wide[..., :33].contiguous(), wide[0, 0, :33], wide[:0, 0, :33]):
+        trained = function(x.detach().requires_grad_(), (33,), *weights)
+        with torch.no_grad():
+            for shape in ((33,), [33], torch.Size([33])):
+                assert torch.equal(function(x, shape, *weights), trained)
+            assert torch.equal(function(x, 33, *weights), trained)
+            strided = [torch.stack([w, w], 1)[:, 0] for w in weights]
+            assert torch.equal(function(x, (33,), *strided), trained)
+
+
 def test_defaults_are_torchs() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = torch.randn(4, 6).to(dtype) * 1e-3
@@ -199,6 +245,12 @@ BAD = [
     ({"residual": torch.ones(2, 8).double()}, TypeError, "residual: dtype"),
     ({"dropout_p": 1.5}, ValueError, "dropout_p: got 1.5"),
     ({"x": torch.ones(2, 8, dtype=torch.int32)}, TypeError, "x: got dtype"),
+    ({"x": torch.ones(2, 8, dtype=torch.bool)}, TypeError, "x: got dtype"),
+    ({"x": torch.ones(2, 8).to_sparse()}, TypeError, "x: expected a dense"),
+    ({"x": None}, TypeError, "x: expected a Tensor"),
+    ({"normalized_shape": None}, TypeError, "NoneType"),
+    ({"weight": torch.ones(8).half(), "x": torch.ones(2, 8).bfloat16()}, TypeError, "weight: got dtype torch.float16"),
+    ({"zero_centered_weight": True}, ValueError, "zero_centered_weight: there is no weight"),
 ]
 
 

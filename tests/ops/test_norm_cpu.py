@@ -130,6 +130,70 @@ def test_large_mean_cancels_nothing(isa: str) -> None:
     assert_accurate(mean, mean, x.double().mean(1), "mean", terms=4096)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_first_element_far_from_the_mean(isa: str, dtype: torch.dtype) -> None:
+    """16-bit moments are taken about it: rows where that is a bad choice are taken again about their mean."""
+    x = torch.randn(9, 771)
+    x[:, 0] = torch.tensor([0.0, 3.0, 30.0, -300.0, 3000.0, 60000.0, 0.0, 0.0, -0.0])
+    x[6] = x[6] * 1e-3 + 50
+    x[7] = 1.5
+    x = x.to(dtype)
+    y, _, mean, rstd = forward(x, None, None, None, 1e-5, False, 0.0, None)
+    wide = x.double()
+    assert_accurate(
+        y, torch.nn.functional.layer_norm(x, (771,)), torch.nn.functional.layer_norm(wide, (771,)), "y", terms=771
+    )
+    exact = (wide.var(1, correction=0) + 1e-5).rsqrt()
+    assert ((rstd.double() - exact) / exact).abs().max() < 1e-5
+    torch.testing.assert_close(mean.double(), wide.mean(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_has_the_same_bits_beside_any_others(isa: str, dtype: torch.dtype) -> None:
+    """Rows are taken several at once where enough are left."""
+    x, dy = torch.randn(11, 259).to(dtype), torch.randn(11, 259).to(dtype)
+    weight, bias = torch.randn(259).to(dtype), torch.randn(259).to(dtype)
+    for rms in (False, True):
+
+        def both(rows: slice, rms: bool = rms) -> list[Tensor]:
+            y, _, mean, rstd = forward(x[rows], None, weight, bias, 1e-5, rms, 0.0, None)
+            total, *_ = backward(dy[rows], None, x[rows], weight, mean, rstd, rms, 0.0, None, True, True)
+            return [y, rstd, total]
+
+        together = both(slice(None))
+        for i in range(11):
+            assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(both(slice(i, i + 1)), together, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((6145, 768), torch.float32), ((1100, 8001), torch.bfloat16)], ids=str)
+def test_results_past_the_caches(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Results larger than half of the last cache are stored past it, where their rows begin at a vector: the same bits."""
+    x = torch.randn(shape).to(dtype)
+    dy, weight = x.flip(0), torch.randn(shape[1]).to(dtype)
+    y, _, mean, rstd = forward(x, None, weight, weight, 1e-5, False, 0.0, None)
+    total, *_ = backward(dy, None, x, weight, mean, rstd, False, 0.0, None, False, False)
+    for rows in (slice(0, 300), slice(shape[0] - 301, None)):
+        part, _, mean_part, rstd_part = forward(x[rows], None, weight, weight, 1e-5, False, 0.0, None)
+        assert torch.equal(y[rows], part)
+        part, *_ = backward(dy[rows], None, x[rows], weight, mean_part, rstd_part, False, 0.0, None, False, False)
+        assert torch.equal(total[rows], part)
+
+
+def test_weight_gradients_are_nearer_than_torchs() -> None:
+    """torch adds up bfloat16 weight gradients in bfloat16."""
+    x, dy, weight, bias = (torch.randn(s).bfloat16() for s in ((2048, 96), (2048, 96), (96,), (96,)))
+    _, _, mean, rstd = forward(x, None, weight, bias, 1e-5, False, 0.0, None)
+    ours = backward(dy, None, x, weight, mean, rstd, False, 0.0, None, True, True)[2:]
+
+    def gradients(wide: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(wide).requires_grad_() for t in (weight, bias)]
+        return torch.autograd.grad(torch.nn.functional.layer_norm(x.to(wide), (96,), *leaves), leaves, dy.to(wide))
+
+    for a, peer, exact in zip(ours, gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert (a.double() - exact).norm() <= (peer.double() - exact).norm()
+        assert (a.double() - exact).norm() / exact.norm() < 2.0**-8
+
+
 def test_rows_are_read_in_place_at_any_stride(isa: str) -> None:
     wide = torch.randn(9, 300)
     x, residual = wide[:, 3:104], wide[:, 150:251]

@@ -40,6 +40,74 @@ def test_strided_input(implementation: str) -> None:
     torch.testing.assert_close(y, reference.rope(x, angles.cos(), angles.sin()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("half", [0, 1, 7, 16, 19, 33, 40])
+def test_every_isa(compiled: str, half: int, interleaved: bool, dtype: torch.dtype) -> None:
+    """Both memory orders, in place and not, one thread and three, rows alone: one set of bits, near float64."""
+    angles = torch.randn(2, 9, half, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    cos, sin = angles.cos(), angles.sin()
+    x = torch.randn(2, 3, 9, 83).to(dtype)
+    y = fastattn.rope(x, cos, sin, interleaved=interleaved, implementation=compiled)
+    exact = reference.rope(x.double(), cos.double(), sin.double(), interleaved=interleaved)
+    peer = reference.rope(x, cos.to(dtype), sin.to(dtype), interleaved=interleaved)
+    assert_accurate(y, peer, exact, "y", terms=2)
+
+    by_position = x.transpose(1, 2).contiguous().transpose(1, 2)
+    other = fastattn.rope(by_position, cos, sin, interleaved=interleaved, implementation=compiled)
+    assert torch.equal(other, y)
+    assert other.stride() == by_position.stride()
+    assert y.is_contiguous()
+    alone = fastattn.rope(x[1:, 2:, 5:6], cos[1:, 5:6], sin[1:, 5:6], interleaved=interleaved, implementation=compiled)
+    assert torch.equal(alone, y[1:, 2:, 5:6])
+    for turned in (x.clone(), by_position):
+        assert fastattn.rope(turned, cos, sin, interleaved=interleaved, inplace=True, implementation=compiled) is turned
+        assert torch.equal(turned, y)
+
+
+def test_threads_share_rows_without_a_trace(compiled: str) -> None:
+    x, angles = torch.randn(3, 5, 301, 66), torch.randn(301, 33)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(fastattn.rope(x, angles.cos(), angles.sin(), implementation=compiled))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+def test_in_place(implementation: str, interleaved: bool) -> None:
+    angles = torch.randn(9, 6)
+    cos, sin = angles.cos(), angles.sin()
+    packed = torch.randn(2, 9, 3, 4, 16)
+    before = packed.clone()
+    q, k = packed[:, :, 0].transpose(1, 2), packed[:, :, 2].transpose(1, 2)
+    options = {"interleaved": interleaved, "implementation": implementation}
+    expected = [fastattn.rope(x, cos, sin, **options) for x in (q, k)]
+    version = packed._version
+    for x, y in zip((q, k), expected, strict=True):
+        assert fastattn.rope(x, cos, sin, inplace=True, **options) is x
+        assert torch.equal(x, y)
+    assert packed._version > version
+    assert torch.equal(packed[:, :, 1], before[:, :, 1])
+    scattered = torch.randn(2, 4, 16, 9).mT
+    y = fastattn.rope(scattered, cos, sin, **options)
+    assert torch.equal(fastattn.rope(scattered, cos, sin, inplace=True, **options), y)
+
+
+def test_in_place_refuses_what_it_would_spoil() -> None:
+    x, cos = torch.randn(1, 2, 5, 8), torch.ones(5, 4)
+    with pytest.raises(ValueError, match="inplace: x requires a gradient"):
+        fastattn.rope(x.requires_grad_(), cos, cos, inplace=True)
+    with torch.no_grad():
+        fastattn.rope(x, cos, cos, inplace=True)
+    with pytest.raises(ValueError, match="inplace: elements of x share memory"):
+        fastattn.rope(x.detach().expand(3, 2, 5, 8), cos, cos, inplace=True)
+
+
 def test_relative_position() -> None:
     """What rope is for: the product of rotated vectors depends on the distance of their positions only."""
     q, k = torch.randn(2, 1, 1, 1, 32, dtype=torch.float64)

@@ -258,6 +258,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "attention_forward": (q, k, v, mask, slopes, sinks, *options, RNG),
         "attention_backward": (*grads, q, k, v, out, lse, mask, slopes, sinks, *options, RNG, True, True, True),
         "norm_forward": (x, x.clone(), w, b, 1e-5, False, 0.1, RNG),
+        "norm_inference": (x, w, b, 6, 1e-5, False),
         "norm_backward": (torch.randn_like(y), torch.randn_like(h), h, w, mean, rstd, False, 0.1, RNG, True, True),
         "ffn_forward": (x, w_in, b_in, w_gate, b_in.clone(), w_out, b_out, torch.randn(5, 4), 1, 0.1, RNG, True),
         "ffn_backward": (torch.randn_like(o), x, w_in, w_gate, w_out, pre, gate, 1, 0.1, RNG, True, True, True),
@@ -268,6 +269,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "linear_cross_entropy_forward": (x, w_in, b_in, target, *ce, True, True, True),
         "linear_cross_entropy_backward": (torch.tensor(1.5), x, w_in, b_in, target, stats, *ce, True, True, True),
         "rope": (torch.randn(2, 3, 5, 8), torch.randn(1, 5, 3), torch.randn(1, 5, 3), False, True),
+        "rope_": (torch.randn(2, 3, 5, 8), torch.randn(1, 5, 3), torch.randn(1, 5, 3), False, True),
     }
 
 
