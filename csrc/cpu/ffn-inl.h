@@ -164,7 +164,26 @@ inline void linear_of(const LinearParams& p, Range range) {
   }
 }
 
-// Column by column in blocks of 128 rows, so that the sum of many rows loses no more than a tree would.
+// Sums of many terms are taken in runs of this many, and those of runs again: what a chain of n additions loses grows
+// with its length.
+constexpr int64_t kSumRun = 16;
+
+// Sum of the vectors load(begin), ..., load(end - 1).
+template <class V, class Load>
+inline V sum_in_runs(int64_t begin, int64_t end, const Load& load) {
+  V total = V::zero();
+  for (int64_t group = begin; group < end; group += kSumRun * kSumRun) {
+    V of_group = V::zero();
+    for (int64_t run = group; run < std::min(end, group + kSumRun * kSumRun); run += kSumRun) {
+      V sum = V::zero();
+      for (int64_t i = run; i < std::min(end, run + kSumRun); ++i) sum = sum + load(i);
+      of_group = of_group + sum;
+    }
+    total = total + of_group;
+  }
+  return total;
+}
+
 template <class From, class To>
 inline void column_sums_of(const ColumnSumParams& p, Range range) {
   using A = Acc<From>;
@@ -173,12 +192,7 @@ inline void column_sums_of(const ColumnSumParams& p, Range range) {
   To* out = static_cast<To*>(p.sums);
   for (int64_t n = range.begin; n < range.end; n += V::kLanes) {
     const int64_t count = std::min<int64_t>(V::kLanes, range.end - n);
-    V total = V::zero();
-    for (int64_t block = 0; block < p.M; block += 128) {
-      V sum = V::zero();
-      for (int64_t m = block; m < std::min(p.M, block + 128); ++m) sum = sum + load_part<V>(x + m * p.N + n, count);
-      total = total + sum;
-    }
+    V total = sum_in_runs<V>(0, p.M, [&](int64_t m) { return load_part<V>(x + m * p.N + n, count); });
     total = total * V(static_cast<A>(p.scale));
     store_part(p.add ? load_part<V>(out + n, count) + total : total, out + n, count);
   }

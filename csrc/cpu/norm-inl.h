@@ -478,9 +478,8 @@ inline void reduce_partials(const A* partial, int64_t chunks, int64_t n, Range r
     }
   } else {
     each_vector<A>(range.end - range.begin, [&](int64_t i, int, auto vector) FASTATTN_IN_LINE {
-      Vec<A> sum = Vec<A>::zero();
       const A* column = partial + range.begin + i;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + vector.load(column + chunk * n);
+      const Vec<A> sum = sum_in_runs<Vec<A>>(0, chunks, [&](int64_t chunk) { return vector.load(column + chunk * n); });
       vector.store(sum, out + range.begin + i);
     });
   }
