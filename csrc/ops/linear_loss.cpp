@@ -12,13 +12,11 @@ namespace {
 
 void check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const ScalarType type = x.scalar_type();
-  FASTATTN_CHECK(x.dim() == 2 && x.is_contiguous(), "linear_cross_entropy: x is not a contiguous matrix");
-  FASTATTN_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.scalar_type() == type && weight.size(0) >= 1 &&
-                     weight.size(1) == x.size(1),
-                 "linear_cross_entropy: weight is not a contiguous (classes, channels) matrix of x's dtype");
-  FASTATTN_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous() &&
-                                       bias->scalar_type() == type),
-                 "linear_cross_entropy: bias is not a contiguous (classes,) tensor of x's dtype");
+  check_matrix(x, type, "linear_cross_entropy: x is not a contiguous matrix");
+  check_matrix(weight, type, "linear_cross_entropy: weight is not a contiguous matrix of x's dtype");
+  FASTATTN_CHECK(weight.size(0) >= 1 && weight.size(1) == x.size(1),
+                 "linear_cross_entropy: weight is not (classes, channels)");
+  check_bias(bias, weight.size(0), type, "linear_cross_entropy");
 }
 
 struct Gradients {
@@ -38,12 +36,12 @@ Gradients allocate(const Tensor& x, const Tensor& weight, bool x_grad, bool weig
 }
 
 // The gradient of the rows' losses as row_grad times the returned factor, which is applied to sums in the accumulation
-// dtype: what is rounded to 16 bits on the way is of the size of a probability.
-double split_upstream(const CrossEntropyParams& p, const Tensor& dloss, const Tensor& row_grad, int64_t reduction) {
+// dtype: what is rounded to 16 bits on the way is of the size of a probability. dloss null: a reduced loss with 1.
+double split_upstream(const CrossEntropyParams& p, const Tensor* dloss, const Tensor& row_grad, int64_t reduction) {
   double scale = 1;
   with_accumulator(p.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
-    const A* upstream = dloss.const_data_ptr<A>();
+    const A unit = 1, *upstream = dloss == nullptr ? &unit : dloss->const_data_ptr<A>();
     A* grad = row_grad.mutable_data_ptr<A>();
     if (reduction != kNone) {
       std::fill_n(grad, p.rows, A(1));
@@ -314,12 +312,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
   set_statistics(&p, statistics);
   const double total = denominator(p, reduction);
   const Gradients gradients = allocate(x, weight, x_grad, weight_grad, bias_grad);
-  const Tensor row_grad = empty({p.rows}, wide), one = empty({}, wide);
-  with_accumulator(p.dtype, [&](auto* accumulator) {
-    using A = std::remove_pointer_t<decltype(accumulator)>;
-    *one.mutable_data_ptr<A>() = A(1);
-  });
-  const double scale = split_upstream(p, one, row_grad, reduction);
+  const Tensor row_grad = empty({p.rows}, wide);
+  const bool wanted = x_grad || weight_grad || bias_grad;
+  const double scale = wanted ? split_upstream(p, nullptr, row_grad, reduction) : 1;
   p.row_grad = row_grad.const_data_ptr();
   LinearLoss linear(x, weight, bias, p);
   linear.want(gradients, scale);
@@ -342,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
   set_statistics(&p, statistics);
   const Gradients gradients = allocate(x, weight, x_grad, weight_grad, bias_grad);
   const Tensor row_grad = empty({p.rows}, wide);
-  const double scale = split_upstream(p, dloss, row_grad, reduction);
+  const double scale = split_upstream(p, &dloss, row_grad, reduction);
   p.row_grad = row_grad.const_data_ptr();
   LinearLoss linear(x, weight, bias, p);
   linear.want(gradients, scale);
