@@ -122,16 +122,6 @@ struct ScoreBlock {
   int64_t batch, head, row, rows, lanes, key, keys;
 };
 
-// Row `row` of a head of a (batch, heads, rows, channels) tensor.
-template <class S>
-inline const S* row_at(const void* data, const int64_t (&stride)[3], int64_t b, int64_t h, int64_t row) {
-  return static_cast<const S*>(data) + b * stride[0] + h * stride[1] + row * stride[2];
-}
-template <class S>
-inline S* row_at(void* data, const int64_t (&stride)[3], int64_t b, int64_t h, int64_t row) {
-  return const_cast<S*>(row_at<S>(static_cast<const void*>(data), stride, b, h, row));
-}
-
 // The extents of batch entry b.
 inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
   return p.sequences != nullptr ? p.sequences[b] : Sequence{0, p.rows, 0, p.keys, p.diagonal};

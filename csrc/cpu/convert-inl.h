@@ -1,4 +1,4 @@
-// Scalar conversions between storage and accumulation dtypes, and the choice of a dtype at run time.
+// Storage dtypes: conversion to and from the accumulation dtype, the choice of one at run time, addresses of rows.
 
 inline float to_acc(float x) { return x; }
 inline double to_acc(double x) { return x; }
@@ -85,4 +85,14 @@ inline void dispatch(DType dtype, F&& f) {
     case DType::kBool:
       break;
   }
+}
+
+// Row `row` of a head of a (batch, heads, rows, channels) tensor.
+template <class S>
+inline const S* row_at(const void* data, const int64_t (&stride)[3], int64_t b, int64_t h, int64_t row) {
+  return static_cast<const S*>(data) + b * stride[0] + h * stride[1] + row * stride[2];
+}
+template <class S>
+inline S* row_at(void* data, const int64_t (&stride)[3], int64_t b, int64_t h, int64_t row) {
+  return const_cast<S*>(row_at<S>(static_cast<const void*>(data), stride, b, h, row));
 }

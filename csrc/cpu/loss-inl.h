@@ -27,6 +27,18 @@ inline A finite_max(A max) {
   return max == -std::numeric_limits<A>::infinity() ? A(0) : max;
 }
 
+template <class A>
+struct Softcap {
+  explicit Softcap(const CrossEntropyParams& p)
+      : cap(static_cast<A>(p.softcap)),
+        over_cap(static_cast<A>(p.softcap > 0 ? 1 / p.softcap : 0)),
+        on(p.softcap > 0) {}
+  Vec<A> operator()(Vec<A> logit) const { return on ? cap_tanh(logit * over_cap) * cap : logit; }
+
+  Vec<A> cap, over_cap;
+  bool on;
+};
+
 // `other` in every lane beyond the first `count`.
 template <class A>
 inline Vec<A> only_first(Vec<A> x, int64_t count, A other) {
@@ -40,12 +52,11 @@ inline void add_logits(const CrossEntropyParams& p, int64_t first_class, int64_t
                        ExpSum<A>* sums) {
   using V = Vec<A>;
   constexpr A kNone = -std::numeric_limits<A>::infinity();
-  const V cap(static_cast<A>(p.softcap)), over_cap(static_cast<A>(p.softcap > 0 ? 1 / p.softcap : 0));
+  const Softcap<A> capped(p);
   const A* weight = static_cast<const A*>(p.class_weight);
   V high(kNone), weighted = V::zero();
   for_vectors<V::kLanes>(n, [&](int64_t i, int64_t count) {
-    V x = load(i, count);
-    if (p.softcap > 0) x = cap_tanh(x * over_cap) * cap;
+    V x = capped(load(i, count));
     if (p.label_smoothing > 0) {
       const V term = weight == nullptr ? x : x * load_part<V>(weight + first_class + i, count);
       weighted = weighted + only_first(term, count, A(0));
@@ -118,7 +129,8 @@ inline void gradient_of_logits(const CrossEntropyParams& p, const LossRow<A>& ro
   if (row.grad == 0) return std::fill(to, to + n, To{});
   const V from_max(origin - row.max), log_sum(row.log_sum), grad(row.grad);
   const V factor(static_cast<A>(row.at_target + row.beyond_target));
-  const V start(origin), over_cap(static_cast<A>(p.softcap > 0 ? 1 / p.softcap : 0)), one(A(1));
+  const V start(origin), one(A(1));
+  const Softcap<A> capped(p);
   const double smoothing = p.label_smoothing / static_cast<double>(p.classes);
   const V smooth(static_cast<A>(smoothing));
   const A* weight = static_cast<const A*>(p.class_weight);
@@ -128,8 +140,8 @@ inline void gradient_of_logits(const CrossEntropyParams& p, const LossRow<A>& ro
     if (p.label_smoothing > 0) {
       dz = dz - (weight == nullptr ? smooth : smooth * load_part<V>(weight + first_class + i, count));
     }
-    if (p.softcap > 0) {
-      const V t = (z + start) * over_cap;
+    if (capped.on) {
+      const V t = (z + start) * capped.over_cap;
       dz = dz * fnma(t, t, one);
     }
     store_part(dz * grad, to + i, count);
@@ -178,15 +190,12 @@ template <class S>
 inline void cross_entropy_backward_rows(const CrossEntropyParams& p, Range range) {
   using A = Acc<S>;
   using V = Vec<A>;
-  const V cap(static_cast<A>(p.softcap)), over_cap(static_cast<A>(p.softcap > 0 ? 1 / p.softcap : 0));
+  const Softcap<A> capped(p);
   for (int64_t row = range.begin; row < range.end; ++row) {
     const S* logits = static_cast<const S*>(p.logits) + row * p.logits_stride;
     S* dlogits = static_cast<S*>(p.dlogits) + row * p.classes;
     const LossRow<A> state = loss_row<A>(p, row);
-    const auto load = [&](int64_t i, int64_t count) {
-      const V x = load_part<V>(logits + i, count);
-      return p.softcap > 0 ? cap_tanh(x * over_cap) * cap : x;
-    };
+    const auto load = [&](int64_t i, int64_t count) { return capped(load_part<V>(logits + i, count)); };
     gradient_of_logits(p, state, 0, p.classes, A(0), load, dlogits);
     if (state.grad != 0) {
       dlogits[state.target] = from_acc<S>(gradient_of_target(p, state, capped_logit(p, logits, state.target)));
@@ -237,14 +246,13 @@ inline void recompute_strip(const LinearLossParams& p, const Piece& piece, Acc<S
   const int64_t column_block = p.product.column_block, first = p.first_class + piece.column;
   const S* bias = offset_or_null<S>(const_cast<void*>(p.product.bias[0]), piece.column);
   const A* block_max = static_cast<const A*>(p.block_max) + first / column_block * p.block_stride + piece.row;
-  const V cap(static_cast<A>(p.loss.softcap)), over_cap(static_cast<A>(p.loss.softcap > 0 ? 1 / p.loss.softcap : 0));
+  const Softcap<A> capped(p.loss);
   for (int64_t r = 0; r < piece.rows; ++r) {
     A* z = logits + r * column_block;
     S* strip = static_cast<S*>(p.strip) + (piece.row + r) * p.product.N + piece.column;
     const V shift(finite_max(block_max[r]));
     for_vectors<V::kLanes>(piece.columns, [&](int64_t i, int64_t count) {
-      V x = load_part<V>(z + i, count) + load_optional<V>(bias, i, count);
-      if (p.loss.softcap > 0) x = cap_tanh(x * over_cap) * cap;
+      const V x = capped(load_part<V>(z + i, count) + load_optional<V>(bias, i, count));
       x.store(z + i);
       store_part(x - shift, strip + i, count);
     });

@@ -65,8 +65,8 @@ inline void rope_rows(const RopeParams& p, Range range) {
     const int64_t run = item / inner, first = item % inner, b = run / outer, o = run % outer;
     const int64_t count = std::min(inner - first, range.end - item);
     const int64_t h = heads_inner ? first : o, n = heads_inner ? o : first;
-    const T* x = static_cast<const T*>(p.x) + b * p.x_stride[0] + h * p.x_stride[1] + n * p.x_stride[2];
-    T* y = static_cast<T*>(p.y) + b * p.y_stride[0] + h * p.y_stride[1] + n * p.y_stride[2];
+    const T* x = row_at<T>(p.x, p.x_stride, b, h, n);
+    T* y = row_at<T>(p.y, p.y_stride, b, h, n);
     const int64_t angle = b * p.angle_stride_batch + n * p.half_dim, angle_step = heads_inner ? 0 : p.half_dim;
     const A *cos = static_cast<const A*>(p.cos) + angle, *sin = static_cast<const A*>(p.sin) + angle;
     for (int64_t k = 0; k < count; ++k, x += x_step, y += y_step, cos += angle_step, sin += angle_step) {

@@ -251,10 +251,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
 
   const int64_t batch = q.size(0), rows = q.size(2);
-  const bool rows_outside = q_in.stride(1) < q_in.stride(2);  // (batch, seq, heads, dim) in memory
-  Tensor out = rows_outside
-                   ? torch::stable::transpose(empty({batch, rows, p.heads, p.head_dim_v}, q.scalar_type()), 1, 2)
-                   : empty({batch, p.heads, rows, p.head_dim_v}, q.scalar_type());
+  Tensor out = empty_in_order_of(q_in, p.head_dim_v);
   const Tensor lse = empty({batch, p.heads, rows}, accumulation_type(q.scalar_type()));
   p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
   set_strides(out, p.out_stride);

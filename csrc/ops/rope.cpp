@@ -40,11 +40,7 @@ void check_dimensions(const Tensor& x, const Tensor& cos, const Tensor& sin) {
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate) {
   check_dimensions(x, cos, sin);
-  const int64_t batch = x.size(0), heads = x.size(1), rows = x.size(2), head_dim = x.size(3);
-  // In x's memory order, as elementwise operators give.
-  const Tensor y = x.stride(1) < x.stride(2)
-                       ? torch::stable::transpose(empty({batch, rows, heads, head_dim}, x.scalar_type()), 1, 2)
-                       : empty({batch, heads, rows, head_dim}, x.scalar_type());
+  const Tensor y = empty_in_order_of(x, x.size(3));
   rotate(x, y, cos, sin, interleaved, conjugate);
   return y;
 }

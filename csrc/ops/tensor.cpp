@@ -92,6 +92,20 @@ ScalarType accumulation_type(ScalarType type) { return type == ScalarType::Doubl
 constexpr size_t kMostDims = 4;
 
 // Straight to the allocator: torch::stable::empty looks its operator up by name on every call, which takes 1 µs.
+namespace {
+
+Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef shape, const int64_t* stride, ScalarType type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride,
+                                                         static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  const Tensor x(handle);
+  prefer_huge_pages(x);
+  return x;
+}
+
+}  // namespace
+
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
   FASTATTN_CHECK(shape.size() <= kMostDims, "empty: more dimensions than any result has");
   int64_t stride[kMostDims];
@@ -100,13 +114,17 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
     stride[i] = count;
     count *= std::max<int64_t>(1, shape.begin()[i]);
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride,
-                                                         static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  const Tensor x(handle);
-  prefer_huge_pages(x);
-  return x;
+  return allocate(shape, stride, type);
+}
+
+Tensor empty_in_order_of(const Tensor& x, int64_t channels) {
+  const int64_t shape[4] = {x.size(0), x.size(1), x.size(2), channels};
+  const int64_t width = std::max<int64_t>(1, channels);
+  const int64_t heads = std::max<int64_t>(1, shape[1]) * width, rows = std::max<int64_t>(1, shape[2]) * width;
+  const bool heads_inside = x.stride(1) < x.stride(2);
+  const int64_t stride[4] = {std::max<int64_t>(1, shape[1]) * rows, heads_inside ? width : rows,
+                             heads_inside ? heads : width, 1};
+  return allocate({shape, 4}, stride, x.scalar_type());
 }
 
 Dropout make_dropout(double p, const OptionalTensor& rng_state) {

@@ -31,6 +31,8 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type);  
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
   return empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
 }
+// (batch, heads, rows, channels), the first three those of x and in their memory order, as elementwise operators give.
+Tensor empty_in_order_of(const Tensor& x, int64_t channels);
 inline Tensor none(const Tensor& like) { return empty({0}, like.scalar_type()); }
 
 inline const void* data_or_null(const OptionalTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
