@@ -10,6 +10,10 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+#: Numbers in memory and nothing more: any other class (sharded, quantized, fake) has an idea of its own of what a call is.
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def tensor(name: str, x: object, dim: int | None = None) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
@@ -75,17 +79,18 @@ def rng_state(state: Tensor | None, dropout_p: float) -> Tensor | None:
     return state.contiguous()
 
 
-def _autocasts(device_type: str) -> bool:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype in which matrix products run under the autocast that is active for the device, None without autocast."""
     # torch knows no autocast on some devices; asking whether it knows takes as long as asking whether it is on.
     known = device_type == "cpu" or device_type == "cuda" or torch.amp.is_autocast_available(device_type)
-    return known and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else None
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under ``torch.autocast`` cast floating tensors to its dtype, as torch does for matmuls; float64 stays."""
-    if not _autocasts(device_type):
+    dtype = autocast_dtype(device_type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
+from fastattn.ops._derivatives import (
+    REFUSALS,
+    apply,
+    forward_mode,
+    pullback_of_gradient,
+    pushforward,
+    records,
+    wants_gradient,
+)
 from fastattn.ops._select import choose, cpu_in_short, triton_dtype
 from fastattn.reference.norm import default_eps, norm_rows
 from fastattn.reference.precision import accumulation_dtype
@@ -27,8 +35,11 @@ class _Options(NamedTuple):
     dropout_p: float
 
 
-def _operator(triton: bool, direction: str) -> Any:
-    return getattr(torch.ops.fastattn, f"triton_norm_{direction}" if triton else f"norm_{direction}")
+_inference = torch.ops.fastattn.norm_inference.default
+_forward = torch.ops.fastattn.norm_forward.default
+_triton_forward = torch.ops.fastattn.triton_norm_forward.default
+_backward = torch.ops.fastattn.norm_backward.default
+_triton_backward = torch.ops.fastattn.triton_norm_backward.default
 
 
 def _formula(options: _Options, rng_state: Tensor | None) -> Any:
@@ -43,7 +54,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         x, residual, weight, bias, rng_state, triton, *options = args
-        return _operator(triton, "forward")(x, residual, weight, bias, *options, rng_state)
+        return (_triton_forward if triton else _forward)(x, residual, weight, bias, *options, rng_state)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -54,7 +65,8 @@ class _Norm(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, residual, weight, bias, h, mean, rstd)
-        ctx.save_for_forward(x, residual, weight, bias)
+        if forward_mode():
+            ctx.save_for_forward(x, residual, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -114,7 +126,7 @@ class _NormGradient(torch.autograd.Function):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         if dh is not None and dh.stride(-1) != 1:
             dh = dh.contiguous()
-        return _operator(triton, "backward")(
+        return (_triton_backward if triton else _backward)(
             dy, dh, h, weight, mean, rstd, rms, dropout_p, rng_state, weight_grad, bias_grad
         )
 
@@ -176,10 +188,12 @@ def layer_norm(
     Raises:
         ValueError, TypeError: naming the argument; NotImplementedError: the named implementation does not take the call.
     """
-    if residual is None and not return_residual and dropout_p == 0 and cpu_in_short(implementation):
-        y = _inference(x, normalized_shape, weight, bias, eps, False, zero_centered_weight)
-        if y is not None:
-            return y
+    if dropout_p == 0 and cpu_in_short(implementation):
+        found = _in_short(
+            x, normalized_shape, weight, bias, residual, return_residual, zero_centered_weight, eps, False
+        )
+        if found is not None:
+            return found
     options = _Options(eps, False, dropout_p)
     return _norm(
         "layer_norm",
@@ -216,10 +230,10 @@ def rms_norm(
     """
     if eps is None:
         eps = default_eps(x.dtype) if isinstance(x, Tensor) else 0.0
-    if residual is None and not return_residual and dropout_p == 0 and cpu_in_short(implementation):
-        y = _inference(x, normalized_shape, weight, None, eps, True, zero_centered_weight)
-        if y is not None:
-            return y
+    if dropout_p == 0 and cpu_in_short(implementation):
+        found = _in_short(x, normalized_shape, weight, None, residual, return_residual, zero_centered_weight, eps, True)
+        if found is not None:
+            return found
     options = _Options(eps, True, dropout_p)
     return _norm(
         "rms_norm",
@@ -244,29 +258,50 @@ def _about_one(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[T
     return weight.to(accumulate) + 1, None if bias is None else bias.to(accumulate)
 
 
-def _inference(
+def _in_short(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    return_residual: bool,
+    zero_centered: bool,
     eps: float,
     rms: bool,
-    zero_centered: bool,
-) -> Tensor | None:
-    """y of the common call in short, a third of the time of the checks in Python for a few rows: the operator checks, and what it
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The results of the common call, a third of the time of the checks in Python for a few rows: the operator checks, and what it
     refuses is None here and takes the long way, which does it or says what is wrong."""
     try:
         (columns,) = normalized_shape
-        if torch.compiler.is_compiling() or forward_mode():
+        recorded = records(x, weight, bias, residual)
+        if recorded is None:
             return None
-        differentiable = torch.is_grad_enabled()
-        for tensor in (x, weight, bias):
-            if tensor is not None and not (tensor.is_cpu and not (differentiable and tensor.requires_grad)):
-                return None
         if zero_centered:
+            if weight.dtype not in (x.dtype, torch.float32) or not (bias is None or bias.dtype is weight.dtype):  # type: ignore[union-attr]
+                return None
             weight, bias = _about_one(x, weight, bias)
-        return torch.ops.fastattn.norm_inference.default(x, weight, bias, columns, eps, rms)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+        if residual is None and not recorded:
+            y = _inference(x, weight, bias, columns, eps, rms)
+            return (y, x) if return_residual else y
+        shape = x.shape
+        if shape[-1] != columns or not (x.is_contiguous() and x.is_floating_point() and 0 <= eps < math.inf):
+            return None
+        flat, flat_residual = x, residual
+        if len(shape) != 2:
+            if residual is not None and residual.shape != shape:
+                return None
+            flat = x.flatten(0, -2)
+            flat_residual = None if residual is None else residual.flatten(0, -2)
+        if recorded:
+            y, h, _, _ = apply(_Norm, flat, flat_residual, weight, bias, None, False, eps, rms, 0.0)
+        else:
+            y, h, _, _ = _forward(flat, flat_residual, weight, bias, eps, rms, 0.0, None)
+        if len(shape) != 2:
+            y, h = y.view(shape), h if residual is None else h.view(shape)
+        if not return_residual:
+            return y
+        return y, x if residual is None else h
+    except REFUSALS:
         return None
 
 
@@ -307,9 +342,9 @@ def _norm(
         ]
         triton = chosen == "triton"
         if wants_gradient(*tensors):
-            y, h, _, _ = (_NormDual if forward_mode() else _Norm).apply(*tensors, rng_state, triton, *options)
+            y, h, _, _ = apply(_NormDual if forward_mode() else _Norm, *tensors, rng_state, triton, *options)
         else:
-            y, h, _, _ = _operator(triton, "forward")(*tensors, *options, rng_state)
+            y, h, _, _ = (_triton_forward if triton else _forward)(*tensors, *options, rng_state)
     if not as_rows:
         y, h = y.reshape(x.shape), h if h.numel() != x.numel() else h.reshape(x.shape)
     if not return_residual:

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import forward_mode, wants_gradient
-from fastattn.ops._select import choose
+from fastattn.ops._derivatives import REFUSALS, apply, forward_mode, records, wants_gradient
+from fastattn.ops._select import choose, cpu_in_short
 from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["rope"]
+
+_rotate = torch.ops.fastattn.rope.default
+_rotate_inplace = torch.ops.fastattn.rope_.default
 
 
 class _Rope(torch.autograd.Function):
@@ -23,19 +26,20 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool) -> Tensor:
-        return torch.ops.fastattn.rope(x, cos, sin, interleaved, conjugate)
+        return _rotate(x, cos, sin, interleaved, conjugate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, cos, sin, ctx.interleaved, ctx.conjugate = inputs
         ctx.save_for_backward(cos, sin)
-        ctx.save_for_forward(cos, sin)
+        if forward_mode():
+            ctx.save_for_forward(cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        rotate = _Rope.apply if torch.is_grad_enabled() else _Rope.forward
+        rotate = _Rope.apply if torch.is_grad_enabled() else _rotate
         return rotate(dy, cos, sin, ctx.interleaved, not ctx.conjugate), None, None, None, None
 
 
@@ -45,7 +49,7 @@ class _RopeDual(_Rope):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dcos: Any, dsin: Any, *_: Any) -> Tensor:
         cos, sin = ctx.saved_tensors
-        return torch.ops.fastattn.rope(dx.contiguous(), cos, sin, ctx.interleaved, ctx.conjugate)
+        return _rotate(dx.contiguous(), cos, sin, ctx.interleaved, ctx.conjugate)
 
 
 def rope(
@@ -76,6 +80,10 @@ def rope(
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device; NotImplementedError: the named implementation cannot.
     """
+    if cpu_in_short(implementation):
+        y = _in_short(x, cos, sin, interleaved, inplace)
+        if y is not None:
+            return y
     _validate.floating("x", _validate.tensor("x", x, 4))
     batch, _, rows, head_dim = x.shape
     for name, angle in (("cos", cos), ("sin", sin)):
@@ -101,17 +109,39 @@ def rope(
     accumulate = accumulation_dtype(x.dtype)
     angles = [(a if a.dim() == 3 else a.unsqueeze(0)).to(accumulate).contiguous() for a in (cos, sin)]
     if inplace and x.stride(-1) == 1:
-        torch.ops.fastattn.rope_(x, *angles, interleaved, False)
+        _rotate_inplace(x, *angles, interleaved, False)
         if not torch.compiler.is_compiling():  # a compiled graph functionalizes the operator
             torch.autograd.graph.increment_version(x)
         return x
     if inplace:
-        return x.copy_(torch.ops.fastattn.rope(x.contiguous(), *angles, interleaved, False))
+        return x.copy_(_rotate(x.contiguous(), *angles, interleaved, False))
     if x.stride(-1) != 1:
         x = x.contiguous()
     if wants_gradient(x):
-        return (_RopeDual if forward_mode() else _Rope).apply(x, *angles, interleaved, False)
-    return torch.ops.fastattn.rope(x, *angles, interleaved, False)
+        return apply(_RopeDual if forward_mode() else _Rope, x, *angles, interleaved, False)
+    return _rotate(x, *angles, interleaved, False)
+
+
+def _in_short(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: bool) -> Tensor | None:
+    """The rotated x of the common call, 7 µs less than by the checks in Python: the operator checks, and what it refuses is None
+    here and takes the long way, which does it or says what is wrong."""
+    try:
+        recorded = records(x, cos, sin)
+        if recorded is None or cos.requires_grad or sin.requires_grad or not x.is_floating_point():
+            return None
+        if cos.dim() == 2 and sin.dim() == 2:
+            cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+        if recorded:
+            return None if inplace else apply(_Rope, x, cos, sin, interleaved, False)
+        if not inplace:
+            return _rotate(x, cos, sin, interleaved, False)
+        if 0 in x.stride():
+            return None
+        _rotate_inplace(x, cos, sin, interleaved, False)
+        torch.autograd.graph.increment_version(x)
+        return x
+    except REFUSALS:
+        return None
 
 
 def _check_inplace(x: Tensor) -> None:

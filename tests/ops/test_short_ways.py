@@ -1,0 +1,137 @@
+"""The short way of a common call gives what the long one gives, and leaves to it what it does not know."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastattn
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Call = Callable[..., Any]
+
+
+def _draw(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _cases(dtype: torch.dtype, *lead: int) -> dict[str, tuple[str, Call, list[Tensor]]]:
+    """By name: (the module of fastattn.ops, the call, its differentiable tensors), x (*lead, 24)."""
+    x, residual = _draw(dtype, *lead, 24), _draw(dtype, *lead, 40)
+    weight, bias, columns = _draw(dtype, 40, 24), _draw(dtype, 40), _draw(dtype, 24)
+    w_out, b_out = _draw(dtype, 40, 40), _draw(dtype, 40)
+    angles = _draw(torch.float64 if dtype == torch.float64 else torch.float32, 5, 6)
+    heads, same = _draw(dtype, 2, 3, 5, 16), _draw(dtype, *lead, 24)
+    return {
+        "linear": ("linear", lambda *t, **k: fastattn.linear(*t[:3], residual=t[3], **k), [x, weight, bias, residual]),
+        "ffn": (
+            "ffn",
+            lambda x, w, b, o, c, r, **k: fastattn.ffn(x, w, o, b, c, residual=r, **k),
+            [x, weight, bias, w_out, b_out, residual],
+        ),
+        "glu_ffn": ("ffn", lambda *t, **k: fastattn.glu_ffn(*t, **k), [x, weight, weight + 1, w_out, bias, bias + 1, b_out]),
+        "layer_norm": ("norm", lambda x, *t, **k: fastattn.layer_norm(x, (24,), *t, **k), [x, columns, columns + 1]),
+        "rms_norm": (
+            "norm",
+            lambda x, w, r, **k: fastattn.rms_norm(x, (24,), w, residual=r, return_residual=True, **k),
+            [x, columns, same],
+        ),
+        "zero-centred": (
+            "norm",
+            lambda x, w, r, **k: fastattn.rms_norm(x, (24,), w, residual=r, zero_centered_weight=True, **k),
+            [x, columns, same],
+        ),
+        "rope": ("rope", lambda x, **k: fastattn.rope(x, angles.cos(), angles.sin(), **k), [heads]),
+    }  # fmt: skip
+
+
+NAMES = tuple(_cases(torch.float32, 7))
+
+
+def _results(call: Call, tensors: list[Tensor], gradients: bool, **keywords: Any) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_(gradients) for t in tensors]
+    found = call(*leaves, **keywords)
+    outputs = list(found) if isinstance(found, tuple) else [found]
+    if not gradients:
+        return outputs
+    upstream = [_draw(out.dtype, *out.shape) for out in outputs]
+    return outputs + list(torch.autograd.grad(outputs, leaves, upstream))
+
+
+@pytest.mark.parametrize("gradients", (False, True))
+@pytest.mark.parametrize("lead", ((7,), (2, 3), ()), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_as_the_long_way(name: str, dtype: torch.dtype, lead: tuple[int, ...], gradients: bool) -> None:
+    _, call, tensors = _cases(dtype, *lead)[name]
+    short, long = (_results(call, tensors, gradients, implementation=which) for which in ("auto", "cpu"))
+    for mine, other in zip(short, long, strict=True):
+        assert mine.dtype == other.dtype and mine.stride() == other.stride()
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above compares the long way with itself."""
+    stem, call, tensors = _cases(torch.float32, 7)[name]
+    module = importlib.import_module(f"fastattn.ops.{stem}")
+    taken, short = [], module._in_short
+    monkeypatch.setattr(module, "_in_short", lambda *args: taken.append(short(*args)) or taken[-1])
+    _results(call, tensors, True)
+    with torch.no_grad():
+        call(*tensors)
+    assert len(taken) == 2 and all(result is not None for result in taken)
+
+
+@pytest.mark.parametrize("name", ("linear", "ffn", "glu_ffn"))
+def test_left_to_the_long_way(name: str) -> None:
+    """autocast, a tensor that knows its own operations, and shapes that agree only once they are flattened."""
+    _, call, tensors = _cases(torch.float32, 2, 3)[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(*tensors)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, call(*(t.bfloat16() for t in tensors)))
+    mode = FakeTensorMode()
+    fake = [mode.from_tensor(t) for t in tensors]
+    assert call(*fake).shape == out.shape
+    with pytest.raises(ValueError, match="expected shape"):
+        call(fake[0], fake[1].mT, *fake[2:])
+    if name != "glu_ffn":
+        with pytest.raises(ValueError, match="residual: expected shape"):
+            call(*tensors[:-1], tensors[-1].flatten(0, 1))
+
+
+def test_angles_stay_constants() -> None:
+    x, angles = _draw(torch.float32, 2, 3, 5, 16), _draw(torch.float32, 5, 6)
+    with pytest.raises(NotImplementedError, match="sin: requires a gradient"):
+        fastattn.rope(x, angles.cos(), angles.sin().requires_grad_())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_outlived_a_transform(name: str) -> None:
+    """What leaked out of torch.func.grad is a wrapper around a tensor."""
+    _, call, tensors = _cases(torch.float32, 7)[name]
+    kept: list[Tensor] = []
+
+    def leaking(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    torch.func.grad(leaking)(tensors[0])
+    found = _results(call, tensors, False)
+    leaked = call(kept[0], *tensors[1:])
+    for mine, other in zip(list(leaked) if isinstance(leaked, tuple) else [leaked], found, strict=True):
+        assert torch.equal(mine, other)
+    weights = [t.clone().requires_grad_() for t in tensors[1:]]
+    if weights:
+        out = call(kept[0], *weights)
+        (grad,) = torch.autograd.grad((out[0] if isinstance(out, tuple) else out).sum(), weights[:1])
+        plain = call(tensors[0], *weights)
+        (expected,) = torch.autograd.grad((plain[0] if isinstance(plain, tuple) else plain).sum(), weights[:1])
+        assert torch.equal(grad, expected)
