@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as module_globals
 
 from fastattn.ops._select import asked
+from fastattn.ops._validate import PLAIN
 from fastattn.ops.linear import linear
 from fastattn.ops.loss import linear_cross_entropy
 from fastattn.reference.precision import accumulation_dtype
@@ -40,20 +41,19 @@ def runs_only(module: Any, cls: type[nn.Module]) -> bool:
     )
 
 
+def _are_plain(weight: Any, bias: Any) -> bool:
+    """Whether no parameter is a subclass (sharded, quantized), which knows its own product."""
+    return type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
+
+
 def is_plain_linear(module: Any) -> bool:
     """Whether ``module`` is a Linear whose weight and bias are ordinary tensors and whose call is x Wᵀ + b, no more."""
-    return runs_only(module, nn.Linear) and all(
-        p is None or type(p) in (nn.Parameter, Tensor) for p in (module.weight, module.bias)
-    )
+    return runs_only(module, nn.Linear) and _are_plain(module.weight, module.bias)
 
 
 def _has_linear(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> bool:
-    """Whether fastattn's linear operations have the implementation and the tensors are plain.
-
-    Plain: not nested, and no parameter is a subclass (sharded, quantized), which knows its own product.
-    """
-    plain = type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
-    return plain and not x.is_nested and asked(implementation) not in ("cuda", "triton")
+    """Whether fastattn's linear operations have the implementation and the tensors are plain and not nested."""
+    return _are_plain(weight, bias) and not x.is_nested and asked(implementation) not in ("cuda", "triton")
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
@@ -105,11 +105,3 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     if activation is F.gelu:
         return "gelu"
     return "silu" if activation is F.silu else None
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which matrix products run under the autocast that is active for x's device, None without autocast."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastattn.nn._fusion import autocast_dtype
+from fastattn.ops._validate import autocast_dtype
 from fastattn.ops.norm import layer_norm, rms_norm
 
 __all__ = ["LayerNorm", "RMSNorm"]
@@ -14,7 +14,7 @@ __all__ = ["LayerNorm", "RMSNorm"]
 
 def _as_autocast(x: Tensor | None) -> Any:
     """``x`` in the dtype in which torch normalizes under autocast: float32 on accelerators, unchanged on the CPU."""
-    if x is None or x.device.type == "cpu" or autocast_dtype(x) is None:
+    if x is None or x.device.type == "cpu" or autocast_dtype(x.device.type) is None:
         return x
     return x.float()
 

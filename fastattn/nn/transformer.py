@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn._fusion import autocast_dtype, dropout_probability, runs_only
+from fastattn.nn._fusion import dropout_probability, runs_only
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.ffn import run_feed_forward
 from fastattn.nn.norm import LayerNorm, RMSNorm
+from fastattn.ops._validate import autocast_dtype
 from fastattn.ops.attention import attention
 
 __all__ = ["TransformerEncoderLayer"]
@@ -25,7 +26,7 @@ def _add_and_norm(x: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple
     p = dropout_probability(dropout)
     fusable = p is not None and (runs_only(norm, LayerNorm) or runs_only(norm, RMSNorm))
     fusable = fusable and x.dtype == residual.dtype
-    if not fusable or (x.device.type != "cpu" and autocast_dtype(x) is not None):
+    if not fusable or (x.device.type != "cpu" and autocast_dtype(x.device.type) is not None):
         h = residual + dropout(x)
         return norm(h), h
     return norm(x, residual=residual, dropout_p=p, return_residual=True)
