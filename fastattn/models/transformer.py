@@ -136,7 +136,7 @@ def _require(condition: bool, field: str, config: TransformerConfig, allowed: st
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated (layers, B, Hk, capacity, D) and doubled when full.
+    """Keys and values of every layer, preallocated (B, Hk, capacity, D) and doubled when full.
 
     ``left_padding`` (B,) counts, per row, the padding slots in front of its first token: they are never attended to and
     positions count from the first real token, so a row gives what it would give without padding. ``length`` slots are in use.
@@ -156,34 +156,33 @@ class KVCache:
             raise ValueError(f"KVCache: batch and capacity must be positive, got {batch} and {capacity}")
         if left_padding is not None and (left_padding.shape != (batch,) or left_padding.is_floating_point()):
             raise ValueError(f"KVCache: left_padding must be ({batch},) integers, got {tuple(left_padding.shape)}")
-        shape = (config.nlayers, batch, config.nheads_kv, capacity, config.head_dim)
+        shape = (batch, config.nheads_kv, capacity, config.head_dim)
         self.batch = batch
         self.capacity = capacity
         self.length = 0
         self.left_padding = left_padding
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.nlayers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.nlayers)]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` more slots, which ``append`` then fills layer by layer."""
+        """Make room for ``tokens`` more slots."""
         needed = self.length + tokens
-        if needed > self.capacity:
-            self.capacity = max(needed, 2 * self.capacity)
-            self.keys, self.values = self._grown(self.keys), self._grown(self.values)
-        # The views of all layers at once: four narrows a layer would be a tenth of a decoding step's Python.
-        self._new = [x.narrow(3, self.length, tokens).unbind() for x in (self.keys, self.values)]
-        self._seen = [x.narrow(3, 0, needed).unbind() for x in (self.keys, self.values)]
-
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_empty(*old.shape[:3], self.capacity, old.shape[4])
-        new[:, :, :, : self.length] = old[:, :, :, : self.length]
-        return new
+        if needed <= self.capacity:
+            return
+        self.capacity = max(needed, 2 * self.capacity)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = old.new_empty(*old.shape[:2], self.capacity, old.shape[3])
+                new[:, :, : self.length] = old[:, :, : self.length]
+                tensors[layer] = new
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, Hk, N, D) to the N slots reserved; return all of the layer's (B, Hk, M, D). Does not move ``length``."""
-        self._new[0][layer].copy_(k)
-        self._new[1][layer].copy_(v)
-        return self._seen[0][layer], self._seen[1][layer]
+        """Write k, v (B, Hk, N, D) behind the slots in use; return all of the layer's (B, Hk, M, D). Does not move ``length``."""
+        tokens = k.shape[2]
+        keys, values = self.keys[layer], self.values[layer]
+        keys.narrow(2, self.length, tokens).copy_(k)
+        values.narrow(2, self.length, tokens).copy_(v)
+        return keys.narrow(2, 0, self.length + tokens), values.narrow(2, 0, self.length + tokens)
 
 
 @dataclass

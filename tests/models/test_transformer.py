@@ -53,6 +53,22 @@ def test_left_padding_changes_nothing(family: str) -> None:
         torch.testing.assert_close(logits[i, 11 - len(row) :], model(row[None])[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_through_the_cache(family: str) -> None:
+    """A call that fills a cache is differentiable as one without; a later one of any mode continues from it."""
+    model = build(FAMILIES[family])
+    tokens, cache = torch.randint(67, (2, 9)), model.new_cache(2, 16)
+    with torch.no_grad():
+        model(tokens[:, :4], cache=model.new_cache(2, 4))
+    found = torch.autograd.grad(model(tokens, cache=cache).square().sum(), list(model.parameters()))
+    expected = torch.autograd.grad(model(tokens).square().sum(), list(model.parameters()))
+    for mine, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=1e-10)
+    last = torch.randint(67, (2, 1))
+    logits = model(last, cache=cache)
+    torch.testing.assert_close(logits, model(torch.cat((tokens, last), 1))[:, -1:], rtol=0, atol=1e-12)
+
+
 @torch.no_grad()
 def test_last_only_is_the_last_place() -> None:
     model = build(LLAMA)
