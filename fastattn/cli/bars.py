@@ -223,7 +223,7 @@ def missed(row: Row) -> list[str]:
     if judged(row) and (row.roofline_percent or 0) < (row.roofline_bar or 0):
         found.append(f"{row.roofline_percent:.0f}% of the roof < {row.roofline_bar:g}%")
     if row.memory_bar is not None and (row.memory or 0) > row.memory_bar * (row.peer_memory or 0):
-        found.append(f"{memory(row)} of the peer's memory > {row.memory_bar:g}")
+        found.append(f"{memory(row)} of the memory that the peer needs beside its results > {row.memory_bar:g}")
     result, ratio = error_ratio(row)
     if not ratio <= ERROR_NOISE:
         found.append(f"error of {result} {ratio:.2f} x torch's")
@@ -250,8 +250,25 @@ def cell(row: Row) -> str:
 
 
 def memory(row: Row) -> str:
-    """Our part of the peer's memory: ``0.07``; "" where it was not measured."""
-    return "" if row.memory is None or not row.peer_memory else f"{row.memory / row.peer_memory:.2f}"
+    """Our part of the memory that the peer needs beside its results: ``0.093``; "" where it was not measured."""
+    return "" if row.memory is None or not row.peer_memory else f"{row.memory / row.peer_memory:.3f}"
+
+
+def memory_text(row: Row) -> str:
+    """The row's memory in words: ``48 of 513 MiB beside the results (0.093 ≤ 0.1), 124 of 590 MiB with them (0.211)``."""
+    results = row.results_memory or 0
+    beside, both = (
+        (row.memory or 0, row.peer_memory or 0),
+        ((row.memory or 0) + results, (row.peer_memory or 0) + results),
+    )
+    bar = row.memory_bar or 0
+    verdict = "≤" if beside[0] <= bar * beside[1] else ">"
+    (ours, theirs), (all_ours, all_theirs) = ([size / 2**20 for size in pair] for pair in (beside, both))
+    share = 0.0 if not all_theirs else all_ours / all_theirs
+    return (
+        f"{ours:.0f} of {theirs:.0f} MiB beside the results ({memory(row)} {verdict} {bar:g}), "
+        f"{all_ours:.0f} of {all_theirs:.0f} MiB with them ({share:.3f})"
+    )
 
 
 def render(rows: Sequence[Row]) -> None:
@@ -262,6 +279,9 @@ def render(rows: Sequence[Row]) -> None:
             _render_group(group, mine)
     for limits in dict.fromkeys(row.limits for row in rows if row.limits):
         print(f"{limits.partition(' ')[0]}: a process with {limits}")
+    for row in rows:
+        if row.memory_bar is not None and row.memory is not None:
+            print(f"memory: {row_name(row)} {row.dtype} {row.direction}: {memory_text(row)}")
     for row in rows:
         for reason in missed(row):
             print(f"missed: {row_name(row)} {row.dtype} {row.direction}: {reason}")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastattn.cli import bars, cases, check, limited, machine, modules, scaling, sweep
+from fastattn.cli import bars, cases, check, limited, machine, memory, modules, scaling, sweep
 from fastattn.cli.bars import Line
 from fastattn.cli.cases import Case, work
 from fastattn.cli.measure import MatrixPeak, ReadPeak, Timing, interleave, keep_freed_memory
@@ -140,7 +140,7 @@ class Bench:
             figures["errors"] = {result: error for result, error in errors.items() if _belongs(result, direction)}
             peer = min(timings, key=lambda name: timings[name].median)
             if line.memory is not None:
-                figures |= self._memory(case, oracle, direction, peer)
+                figures |= self._memory(case, dtype_name, peer)
             yield Row(**row, peer=peer, verdict=check.OK, **_timed(ours, timings[peer]), **figures)
 
     def _start(
@@ -180,15 +180,13 @@ class Bench:
         rate = amount / ours.median / 1e9
         return {"rate": rate, "unit": unit, "roofline": roofline, "roofline_percent": 100 * rate / roofline}
 
-    def _memory(self, case: Case, oracle: check.Oracle, direction: str, peer: str) -> dict[str, int]:
-        """By how much one call raises the process's memory at its highest, its results not counted: ours and the peer's."""
-        calls = contenders(case, oracle, self.implementation, [peer.partition(":")[0]], direction)
-        with torch.set_grad_enabled(direction != "forward"):
-            if peer == "compile":
-                calls[peer]()  # what compiling takes is not the call's
-            results = sum(tensor.nbytes for tensor in oracle.tensors.values() if tensor.requires_grad)
-            found = {name: max(0, scaling.peak_growth(call) - results) for name, call in calls.items()}
-        return {"memory": found[OURS], "peer_memory": found[peer]}
+    def _memory(self, case: Case, dtype_name: str, peer: str) -> dict[str, int]:
+        """What one training step holds at its highest beside its results: ours and the peer's; and those results."""
+        found = {}
+        for contender in (OURS, peer):
+            peak, results = memory.of_training_step(case, dtype_name, contender, torch.get_num_threads())
+            found[contender] = max(0, peak - results)
+        return {"memory": found[OURS], "peer_memory": found[peer], "results_memory": results}
 
 
 def compared(oracle: check.Oracle, implementation: str) -> dict[str, dict[str, float]]:

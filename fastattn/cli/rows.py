@@ -20,8 +20,9 @@ class Row:
     ``load`` is the machine's load average before the session began: above its cores, others were competing.
     A row with a bar (fastattn/cli/bars.py) has in ``bar`` what ``ratio`` must reach, in ``roofline_bar`` what
     ``roofline_percent`` must (None: no bar), and in ``errors`` for each of its results the relative Frobenius error against
-    float64 and the largest error, ours and the peer's; with ``memory_bar`` it has in ``memory`` the bytes at the highest beyond
-    what the call returns. ``limits`` are the variables that limit ours and torch.
+    float64 and the largest error, ours and the peer's; with ``memory_bar`` it has in ``memory`` the bytes that one step holds
+    at its highest beside its results, and in ``results_memory`` those of the results. ``limits`` are the variables that limit
+    ours and torch.
     ``verdict`` is "ok"; or "FAILED" (the check of this very shape did) or "unavailable", and then there are no figures
     and ``note`` says why.
     """
@@ -55,6 +56,7 @@ class Row:
     limits: str = ""
     memory: int | None = None
     peer_memory: int | None = None
+    results_memory: int | None = None
     device: str = ""
     threads: int = 0
     load: float = 0.0

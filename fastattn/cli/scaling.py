@@ -6,13 +6,11 @@ The scores of all rows are too many to check, so SAMPLE of them are, against flo
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from fastattn import ops
 from fastattn.cli import bars, cases, check
 from fastattn.cli.cases import Case
 from fastattn.cli.measure import interleave
+from fastattn.cli.memory import peak_growth
 from fastattn.cli.plain import plain_outputs
 
 LENGTHS = tuple(2**power for power in range(10, 18))
@@ -33,23 +32,6 @@ SECONDS = 2.0
 
 def case(length: int) -> Case:
     return Case("attention", (1, 1, length, HEAD_DIM), {})
-
-
-def peak_growth(call: Callable[[], object]) -> int:
-    """Bytes by which ``call`` raises this process's resident memory at its highest, its result included (Linux, glibc)."""
-    ctypes.CDLL(None).malloc_trim(0)  # what others have freed must not serve this call
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-    before = _status("VmRSS")
-    result = call()
-    grown = _status("VmHWM") - before
-    del result
-    return max(0, grown)
-
-
-def _status(name: str) -> int:
-    """A size of /proc/self/status in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def accurate(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:

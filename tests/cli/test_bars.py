@@ -213,7 +213,10 @@ def _errors(relative: float) -> dict[str, dict[str, float]]:
         ({"roofline_bar": 31.9, "isa": "amx"}, None),
         ({"roofline_bar": 85.0, "unit": "GB/s"}, "32% of the roof < 85%"),
         ({"memory_bar": 0.1, "memory": 10, "peer_memory": 100}, None),
-        ({"memory_bar": 0.1, "memory": 11, "peer_memory": 100}, "0.11 of the peer's memory > 0.1"),
+        (
+            {"memory_bar": 0.1, "memory": 11, "peer_memory": 100},
+            "0.110 of the memory that the peer needs beside its results > 0.1",
+        ),
         ({"errors": _errors(1.04)}, None),
         ({"errors": _errors(1.06)}, "error of out 1.06 x torch's"),
         ({"errors": _errors(float("nan"))}, "error of out nan x torch's"),
@@ -337,14 +340,22 @@ def test_bars_of_the_language_model(short, tiny_model, monkeypatch, capsys):
 
 
 def test_memory_beyond_the_results(short, monkeypatch, capsys):
-    """65 columns of 4096 rows: the peer has logits and their gradient in memory, 1 MiB each; the gradients of x are results."""
-    case = Case("linear_cross_entropy", (4096, 8, 65))
+    """1025 columns of 4096 rows: the peer has logits and their gradient in memory, 16 MiB each; the gradients of x are results."""
+    case = Case("linear_cross_entropy", (4096, 8, 1025))
     line = Line(case, (1e-9,), (1e-9,), (1e-9,), passes=bars.TOGETHER[1:], memory=100.0)
     monkeypatch.setattr(bars.Line, "peers", ("eager",))
     monkeypatch.setitem(bars.LINES, "loss", (line,))
     assert cli.main(["bench", "loss", "--dtype", "float32", "--seconds", "0.001", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert row["memory_bar"] == 100 and row["memory"] >= 0 and row["peer_memory"] > 2**20
+    logits, results = 4096 * 1025 * 4, (4096 + 1025) * 8 * 4
+    assert row["memory_bar"] == 100 and row["results_memory"] == results
+    assert 2 * logits < row["peer_memory"] < 4 * logits
+    assert row["memory"] <= 16 * 2**20 + logits // 4  # its least scratch is 16 MiB
+
+
+def test_memory_in_words():
+    row = _row(memory_bar=0.1, memory=11 * 2**20, peer_memory=100 * 2**20, results_memory=20 * 2**20)
+    assert bars.memory_text(row) == ("11 of 100 MiB beside the results (0.110 > 0.1), 31 of 120 MiB with them (0.258)")
 
 
 def test_reading_the_weights_is_what_one_token_takes(tiny_model):
