@@ -84,8 +84,11 @@ class Oracle:
         # Rounded to the outputs' dtype before anyone uses them, so that all three backward passes start from the same
         # numbers.
         plain = compute(case, self.tensors)
+        # A scalar is a loss, whose backward() starts from 1.
         self.cotangents = {
-            name: torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+            name: (torch.randn(output.shape, generator=generator) if output.dim() else torch.ones(())).to(
+                output.device, output.dtype
+            )
             for name, output in plain.items()
         }
         self.exact = evaluate(exact, wide, self.cotangents)
