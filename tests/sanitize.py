@@ -76,7 +76,8 @@ def main() -> int:
     if probe.returncode == 0 or "heap-buffer-overflow" not in report:
         print(f"sanitize: a planted overflow went unseen\n{probe.stderr}\n{report}", file=sys.stderr)
         return 1
-    arguments = [*(sys.argv[1:] or KERNEL_TESTS), "-q", "-n", "auto", "--dist", "worksteal"]
+    # UndefinedBehaviorSanitizer writes to the standard error and ends the process: pytest must not keep that.
+    arguments = [*(sys.argv[1:] or KERNEL_TESTS), "-q", "--capture=sys", "-n", "auto", "--dist", "worksteal"]
     tests = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment())
     report = take_reports()
     print(report, file=sys.stderr)

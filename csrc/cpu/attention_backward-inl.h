@@ -15,6 +15,31 @@ constexpr int64_t kResidentQueries = 192 << 10;
 // Key blocks of a chunk in stage kKeys, and tiles in stage kMask, for which queries are prepared once.
 constexpr int64_t kKeyBlocksTogether = 4;
 
+// Of a row of queries: its logsumexp in the unit of exp_unit, +inf if it saw nothing, and what the change of base took
+// from it; delta.
+template <class A>
+struct RowStatistics {
+  A lse, lse_low, delta;
+};
+template <class S>
+inline RowStatistics<Acc<S>> row_statistics(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t i) {
+  using A = Acc<S>;
+  using V = Vec<A>;
+  constexpr A kInf = std::numeric_limits<A>::infinity();
+  const int64_t row = row_index(p, b, h) + i;
+  const A lse = static_cast<const A*>(p.lse)[row];
+  if (lse == -kInf) return {kInf, A(0), A(0)};
+  const S* dout = row_at<S>(p.dout, p.dout_stride, b, h, p.first_row + i);
+  const S* out = row_at<S>(static_cast<const void*>(p.out), p.out_stride, b, h, p.first_row + i);
+  V sum = V::zero();
+  for (int64_t d = 0; d < p.head_dim_v; d += V::kLanes) {
+    const int64_t n = std::min<int64_t>(V::kLanes, p.head_dim_v - d);
+    sum = fma(V::load_n(dout + d, n), V::load_n(out + d, n), sum);
+  }
+  const A unit = lse * kLogUnit<A>, dlse = p.dlse != nullptr ? static_cast<const A*>(p.dlse)[row] : A(0);
+  return {unit, std::fma(lse, kLogUnit<A>, -unit), reduce_add(sum) - dlse};
+}
+
 template <class S>
 class AttentionBackward {
  public:
@@ -62,14 +87,14 @@ class AttentionBackward {
     for (int64_t item = range.begin; item < range.end;) {
       switch (p_.stage) {
         case AttentionStage::kAll:
-          all_of_head(item, item + 1 < range.end);
+          all_of_head(head_at(item), item + 1 < range.end ? head_at(item + 1) : -1);
           item += 1;
           break;
         case AttentionStage::kQueries: {
           const auto [b, h, first] = block_item(p_, p_.heads, query_blocks(), item);
           select_keys(b, h / group());
           const int64_t count = std::min({queries_together(), query_blocks() - first, range.end - item});
-          query_chunk(b, h, first, count, false);
+          query_chunk(b, h, first, count, -1);
           item += count;
           break;
         }
@@ -135,24 +160,31 @@ class AttentionBackward {
     values_.reset(v, p_.v_stride[2], p_.keys);
   }
 
-  void all_of_head(int64_t item, bool more) {
-    const int64_t b = item / p_.heads_kv, kv = item % p_.heads_kv, last = (kv + 1) * group() - 1;
+  // (b, kv head) of a work item of stage kAll, as b * heads_kv + kv head.
+  int64_t head_at(int64_t item) const {
+    const auto [b, kv, none] = block_item(p_, p_.heads_kv, 1, item);
+    return b * p_.heads_kv + kv;
+  }
+
+  // next: the head after this one, or -1.
+  void all_of_head(int64_t head, int64_t next) {
+    const int64_t b = head / p_.heads_kv, kv = head % p_.heads_kv, last = (kv + 1) * group() - 1;
     select_keys(b, kv);
-    if (one_pass_) return query_chunk(b, kv, 0, query_blocks(), more);
+    if (one_pass_) return query_chunk(b, kv, 0, query_blocks(), next);
     first_key_ = 0;
     clear_keys(p_.keys);
     for (int64_t h = kv * group(); h <= last; ++h) {
       for (int64_t i = 0; i < query_blocks(); i += queries_together()) {
         const int64_t count = std::min(queries_together(), query_blocks() - i);
-        query_chunk(b, h, i, count, more && h == last && i + count == query_blocks());
+        query_chunk(b, h, i, count, h == last && i + count == query_blocks() ? next : -1);
       }
     }
     write_keys(b, kv, p_.keys);
   }
 
-  // The query blocks [first, first + count) of a head with all keys, block of keys by block of keys. next_head: what
-  // the next kv head starts with may be fetched.
-  void query_chunk(int64_t b, int64_t h, int64_t first, int64_t count, bool next_head) {
+  // The query blocks [first, first + count) of a head with all keys, block of keys by block of keys. What the
+  // kv head next_head starts with is fetched, if it is one.
+  void query_chunk(int64_t b, int64_t h, int64_t first, int64_t count, int64_t next_head) {
     Range keys{p_.keys, 0};
     for (int64_t i = 0; i < count; ++i) {
       prepare_queries(b, h, first + i, &state_[i]);
@@ -161,7 +193,7 @@ class AttentionBackward {
       keys.end = std::max(keys.end, state_[i].visible.end);
     }
     ahead_.clear();
-    if (next_head) fetch_head(cached_ + 1);
+    if (next_head >= 0) fetch_head(next_head);
     keys.begin = keys.begin / kAttentionKeys * kAttentionKeys;
     if (one_pass_) write_unseen_keys(b, h, keys);
     for (int64_t from = keys.begin; from < keys.end; from += kAttentionKeys) {
@@ -171,7 +203,7 @@ class AttentionBackward {
         ScoreBlock next = state_[i].block;
         next.key = from + kAttentionKeys;
         next.keys = std::min(next.key + kAttentionKeys, state_[i].visible.end) - next.key;
-        if (p_.mask != nullptr) ahead_.clear();
+        if (p_.mask != nullptr && next.keys > 0) ahead_.clear();
         fetch_mask(p_, next, &ahead_);
         pair_within(state_[i], Range{from, from + kAttentionKeys});
       }
@@ -233,7 +265,7 @@ class AttentionBackward {
     add(p_.out, p_.out_stride, h, p_.head_dim_v, rows);
     add(p_.k, p_.k_stride, kv, p_.head_dim, keys);
     add(p_.v, p_.v_stride, kv, p_.head_dim_v, keys);
-    const int64_t results = key_index((head - 1) / p_.heads_kv, (head - 1) % p_.heads_kv);
+    const int64_t results = key_index(cached_ / p_.heads_kv, cached_ % p_.heads_kv);
     const int64_t count = std::min(kAttentionKeys, p_.keys);
     ahead_.add(static_cast<const S*>(p_.dk) + results * p_.head_dim, p_.head_dim * size, p_.head_dim * size, count);
     ahead_.add(static_cast<const S*>(p_.dv) + results * p_.head_dim_v, p_.head_dim_v * size, p_.head_dim_v * size,
@@ -281,9 +313,8 @@ class AttentionBackward {
     const int64_t at = p_.first_row + row;
     const S* q = row_at<S>(p_.q, p_.q_stride, b, h, at);
     const S* dout = row_at<S>(p_.dout, p_.dout_stride, b, h, at);
-    const S* out = row_at<S>(p_.out, p_.out_stride, b, h, at);
     int64_t ld_q = p_.q_stride[2], ld_dout = p_.dout_stride[2];
-    if (statistics(*x, dout, out)) {
+    if (statistics(*x)) {
       S* staged = staged_ + kAttentionQueries * p_.head_dim;
       stage_rows(*x, q, ld_q, p_.head_dim, staged_);
       stage_rows(*x, dout, ld_dout, p_.head_dim_v, staged);
@@ -298,29 +329,17 @@ class AttentionBackward {
   }
 
   // Returns whether some row saw nothing.
-  bool statistics(const QueryBlock& x, const S* dout, const S* out) {
+  bool statistics(const QueryBlock& x) {
     const ScoreBlock& block = x.block;
     constexpr A kInf = std::numeric_limits<A>::infinity();
-    const int64_t row = row_index(p_, block.batch, block.head) + block.row;
-    const A *lse = static_cast<const A*>(p_.lse) + row, *dlse = static_cast<const A*>(p_.dlse) + row;
     bool hidden = false;
-    std::fill_n(x.lse, block.lanes, kInf);
-    std::fill_n(x.lse_low, block.lanes, A(0));
-    std::fill_n(x.delta, block.lanes, A(0));
     std::fill_n(x.slope_sum, block.lanes, A(0));
-    for (int64_t c = 0; c < block.rows; ++c) {
-      if (lse[c] == -kInf) {
-        hidden = true;
-        continue;
-      }
-      V sum = V::zero();
-      for (int64_t d = 0; d < p_.head_dim_v; d += V::kLanes) {
-        const int64_t n = std::min<int64_t>(V::kLanes, p_.head_dim_v - d);
-        sum = fma(V::load_n(dout + c * p_.dout_stride[2] + d, n), V::load_n(out + c * p_.out_stride[2] + d, n), sum);
-      }
-      x.lse[c] = lse[c] * kLogUnit<A>;
-      x.lse_low[c] = std::fma(lse[c], kLogUnit<A>, -x.lse[c]);
-      x.delta[c] = reduce_add(sum) - (p_.dlse != nullptr ? dlse[c] : A(0));
+    for (int64_t c = 0; c < block.lanes; ++c) {
+      const bool exists = c < block.rows;
+      const RowStatistics<A> row =
+          exists ? row_statistics<S>(p_, block.batch, block.head, block.row + c) : RowStatistics<A>{kInf, A(0), A(0)};
+      x.lse[c] = row.lse, x.lse_low[c] = row.lse_low, x.delta[c] = row.delta;
+      hidden |= exists && row.lse == kInf;
     }
     return hidden;
   }
@@ -539,8 +558,3 @@ class AttentionBackward {
   RowPrefetch ahead_;
   int64_t cached_ = -1, first_key_ = 0;
 };
-
-inline void attention_backward(const AttentionBackwardParams& p, Range range) {
-  dispatch(p.dtype,
-           [&](auto* type) { run_with_scratch<AttentionBackward<std::remove_pointer_t<decltype(type)>>>(p, range); });
-}

@@ -128,8 +128,10 @@ struct AttentionParams {
   int64_t out_stride[3];
   void* lse;              // (batch, heads, rows), contiguous, in the accumulation dtype
   int64_t row_stride[2];  // of lse and of all else that has one value per row: batch, head
-  void* partial;  // null, or for few rows (batch, heads, rows, key parts, 2 + head_dim_v): see attention_decode-inl.h
-  bool merge;     // second half of such a call
+  // Null, or for few rows (batch, heads, rows, key parts, 2 + head_dim_v): see attention_decode-inl.h; in backward
+  // (..., 1 + head_dim): see attention_decode_backward-inl.h.
+  void* partial;
+  bool merge;  // second half of such a call
 
   // Null, or the extents of each of `batch` sequences; rows and keys are then the largest of any sequence, and the
   // batch strides are 0 for tensors that hold the sequences one after the other in one batch entry.

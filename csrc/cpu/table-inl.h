@@ -15,8 +15,10 @@
 #include "cpu/attention_score-inl.h"
 #include "cpu/attention_keys-inl.h"
 #include "cpu/attention_forward-inl.h"
+#include "cpu/attention_rows-inl.h"
 #include "cpu/attention_decode-inl.h"
 #include "cpu/attention_backward-inl.h"
+#include "cpu/attention_decode_backward-inl.h"
 #include "cpu/norm-inl.h"
 #include "cpu/loss-inl.h"
 // clang-format on

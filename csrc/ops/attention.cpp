@@ -211,31 +211,38 @@ void fill(const Tensor& x, double value) {
 int64_t rows_of(const Sequence& own) { return own.rows; }
 int64_t keys_of(const Sequence& own) { return own.keys; }
 
-// The sequences of few rows, unless there is dropout; all others take attention_forward's other half.
-void decode(AttentionParams p, ScalarType accumulation) {
-  const KernelTable& table = kernels();
-  const int64_t part = table.attention_decode_keys;
-  const auto decodes = [](const Sequence& own) { return own.rows <= kDecodeRows; };
-  if (p.sequences != nullptr) {
-    p.rows = p.keys = 0;
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const Sequence& own = p.sequences[b];
-      if (decodes(own)) p.rows = std::max(p.rows, own.rows), p.keys = std::max(p.keys, own.keys);
-    }
+// Whether `is` holds for some sequence; p.rows and p.keys become the largest of these. Without sequences all batch
+// entries are one such.
+template <class Is>
+bool narrow(AttentionParams* p, const Is& is) {
+  if (p->sequences == nullptr) return p->batch > 0 && is(Sequence{0, p->rows, 0, p->keys, p->diagonal});
+  bool any = false;
+  p->rows = p->keys = 0;
+  for (int64_t b = 0; b < p->batch; ++b) {
+    const Sequence& own = p->sequences[b];
+    if (is(own)) any = true, p->rows = std::max(p->rows, own.rows), p->keys = std::max(p->keys, own.keys);
   }
-  const int64_t parts = std::max<int64_t>(1, blocks_of(p.keys, part));
-  const Tensor partial = empty({p.batch * p.heads * p.rows, parts, p.head_dim_v + 2}, accumulation);
+  return any;
+}
+
+// The sequences of few rows, which `decodes` names: parts of their keys into p.partial, records of `size` values, then
+// rows from these.
+template <class Params, class F, class Decodes>
+void run_decode(Params p, ScalarType accumulation, int64_t size, const F& kernel, const Decodes& decodes) {
+  if (!narrow(&p, decodes)) return;
+  const int64_t part = kernels().attention_decode_keys, parts = std::max<int64_t>(1, blocks_of(p.keys, part));
+  const Tensor partial = empty({p.batch * p.heads * p.rows, parts, size}, accumulation);
   p.partial = partial.mutable_data_ptr();
   if (p.partial == nullptr) return;
   const Items scoring = items_of(
       p, [&](const Sequence& own) { return decodes(own) && own.rows > 0 ? blocks_of(own.keys, part) : 0; },
       [&](const Sequence& own) { return std::min(part, own.keys); });
-  for_items(p, p.heads_kv, blocks_of(p.keys, part), scoring, table.attention_forward);
+  for_items(p, p.heads_kv, blocks_of(p.keys, part), scoring, kernel);
   p.merge = true;
   const Items merging = items_of(
       p, [&](const Sequence& own) { return decodes(own) ? own.rows : 0; },
       [&](const Sequence& own) { return blocks_of(own.keys, part); });
-  for_items(p, p.heads, p.rows, merging, table.attention_forward);
+  for_items(p, p.heads, p.rows, merging, kernel);
 }
 
 }  // namespace
@@ -264,13 +271,13 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   }
 
   const KernelTable& table = kernels();
-  const bool few_rows = p.dropout.threshold == 0;
-  if (few_rows && (p.sequences != nullptr || p.rows <= kDecodeRows)) decode(p, lse.scalar_type());
-  if (few_rows && p.rows <= kDecodeRows) return {out, lse};
+  const auto decodes = [few = p.dropout.threshold == 0](const Sequence& own) { return few && own.rows <= kDecodeRows; };
+  const auto by_blocks = [&](const Sequence& own) { return !decodes(own); };
+  run_decode(p, lse.scalar_type(), p.head_dim_v + 2, table.attention_forward, decodes);
+  if (!narrow(&p, by_blocks)) return {out, lse};
   const int64_t queries = table.attention_queries;
-  const Items blocks = items_of(
-      p, [&](const Sequence& own) { return few_rows && own.rows <= kDecodeRows ? 0 : blocks_of(own.rows, queries); },
-      keys_of);
+  const Items blocks =
+      items_of(p, [&](const Sequence& own) { return by_blocks(own) ? blocks_of(own.rows, queries) : 0; }, keys_of);
   for_items(p, p.heads, blocks_of(p.rows, queries), blocks, table.attention_forward);
   return {out, lse};
 }
@@ -306,14 +313,26 @@ void run_stage(AttentionBackwardParams p, AttentionStage stage, int64_t items) {
   parallel_chunks(items, 1, [&](Range range) { table.attention_backward(p, range); });
 }
 
-// dq and the row sums by query blocks, then dk and dv by key blocks.
-void run_by_blocks(AttentionBackwardParams p) {
+// The sequences that `takes` names, whole heads at a time, or dq and the row sums by query blocks, then dk and dv by
+// key blocks.
+template <class Takes>
+void run_by_blocks(AttentionBackwardParams p, const Takes& takes) {
   const KernelTable& table = kernels();
+  if (!narrow(&p, takes)) return;
+  if (heads_fill_threads(p)) {
+    const auto scores = [](const Sequence& own) { return own.rows * own.keys; };
+    p.stage = AttentionStage::kAll;
+    const Items heads = items_of(p, [&](const Sequence& own) { return takes(own) ? 1 : 0; }, scores);
+    for_items(p, p.heads_kv, 1, heads, table.attention_backward);
+    return;
+  }
   const int64_t queries = table.attention_queries, keys = table.attention_keys;
-  const Items query_blocks = items_of(p, [&](const Sequence& own) { return blocks_of(own.rows, queries); }, keys_of);
+  const Items query_blocks =
+      items_of(p, [&](const Sequence& own) { return takes(own) ? blocks_of(own.rows, queries) : 0; }, keys_of);
   p.stage = AttentionStage::kQueries;
   for_items(p, p.heads, blocks_of(p.rows, queries), query_blocks, table.attention_backward);
-  const Items key_blocks = items_of(p, [&](const Sequence& own) { return blocks_of(own.keys, keys); }, rows_of);
+  const Items key_blocks =
+      items_of(p, [&](const Sequence& own) { return takes(own) ? blocks_of(own.keys, keys) : 0; }, rows_of);
   p.stage = AttentionStage::kKeys;
   p.slope_rows = p.delta = nullptr;
   for_items(p, p.heads_kv, blocks_of(p.keys, keys), key_blocks, table.attention_backward);
@@ -385,13 +404,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (slopes_grad) p.slope_rows = slope_rows.mutable_data_ptr();
 
   const KernelTable& table = kernels();
-  if (heads_fill_threads(p)) {
-    const auto scores = [](const Sequence& own) { return own.rows * own.keys; };
-    p.stage = AttentionStage::kAll;
-    for_items(p, p.heads_kv, 1, items_of(p, [](const Sequence&) { return 1; }, scores), table.attention_backward);
-  } else {
-    run_by_blocks(p);
-  }
+  // Too few rows of a kv head to be lanes.
+  const int64_t most = p.dropout.threshold == 0 && p.heads > 0 ? kDecodeRows * p.heads_kv / p.heads : 0;
+  const auto decodes = [&](const Sequence& own) { return own.rows > 0 && own.keys > 0 && own.rows <= most; };
+  run_decode(p, accumulation, p.head_dim + 1, table.attention_backward, decodes);
+  run_by_blocks(p, [&](const Sequence& own) { return !decodes(own); });
 
   Tensor dmask = none(q), dslopes = none(q), dsinks = none(q);
   if (mask_grad) {

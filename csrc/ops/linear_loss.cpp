@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <tuple>
 
 #include "cpu/scratch.h"
@@ -29,9 +28,7 @@ Gradients allocate(const Tensor& x, const Tensor& weight, bool x_grad, bool weig
                        bias_grad ? empty({weight.size(0)}, type) : none(x)};
   if (x.size(0) > 0) return g;
   // Without tokens nothing is added to these.
-  for (const Tensor& sum : {g.dweight, g.dbias}) {
-    std::memset(sum.mutable_data_ptr(), 0, static_cast<size_t>(sum.numel()) * sum.element_size());
-  }
+  for (Tensor sum : {g.dweight, g.dbias}) torch::stable::zero_(sum);
   return g;
 }
 

@@ -32,6 +32,7 @@ PROBLEMS = {
     "features": Problem((3, 4, 67, 135, 33), rich=True),
     "step": Problem((3, 4, 1, 530, 40), rich=False),
     "steps_features": Problem((3, 4, 5, 300, 33), rich=True),
+    "few_rows_features": Problem((3, 4, 3, 300, 33), rich=True),
 }
 
 

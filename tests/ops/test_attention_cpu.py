@@ -22,7 +22,9 @@ Mask = tuple[str, tuple[bool, bool, bool, bool]]  # bool | same (q's dtype) | fl
 
 @dataclass(frozen=True)
 class Case:
-    """One problem around the kernels' blocks of 64 queries and 128 keys, and parts of 256 keys for up to 8 queries."""
+    """One problem around the kernels' blocks of 64 queries and 128 keys, and parts of 256 keys for up to 8 queries.
+
+    In backward the 8 queries are those of a kv head."""
 
     shape: tuple[int, int, int, int, int] = (2, 4, 50, 70, 24)  # batch, heads, Nq, Nk, D
     heads_kv: int = 4
@@ -53,6 +55,10 @@ CASES = {
     "narrow": Case((1, 2, 11, 9, 1), 1, dv=1),
     "step": Case((2, 6, 1, 300, 33), 2, 70),
     "steps": Case((2, 4, 6, 520, 64), 2, 128, (-1, 0), ("same", (True, True, True, True)), 3.0, 2, sinks=True),
+    "steps_of_few_rows": Case(
+        (2, 4, 4, 520, 64), 2, 128, (40, 0), ("same", (True, True, True, True)), 3.0, 2, sinks=True
+    ),
+    "steps_that_see_nothing": Case((1, 2, 8, 3, 16), 2, window=(-1, 0), sinks=True),
     "steps_masked": Case((2, 2, 8, 257, 16), 2, window=(100, 0), mask=("bool", (True, False, False, True))),
 }
 
@@ -122,7 +128,9 @@ def test_cases(name: str, dtype: torch.dtype) -> None:
     check(CASES[name], dtype)
 
 
-@pytest.mark.parametrize("name", ["window", "mask_softcap", "dropout_window", "everything", "steps"])
+@pytest.mark.parametrize(
+    "name", ["window", "mask_softcap", "dropout_window", "everything", "steps", "steps_of_few_rows"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("isa", _native.available_isas(), indirect=True)
 def test_instruction_sets(isa: str, dtype: torch.dtype, name: str) -> None:
