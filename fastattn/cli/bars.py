@@ -9,6 +9,7 @@ anything is timed.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,8 @@ class Line:
 
     ``bfloat16``, ``float32`` and ``float16`` are bars of the ratio; ``roofline`` has those of the share in percent;
     ``memory`` is the part of the peer's memory that ours may take, results not counted; ``isa`` the instruction set both are
-    limited to, or ""; ``amx_only`` the dtypes whose ratio is a bar on AMX alone.
+    limited to, or ""; ``amx_only`` the dtypes whose ratio is a bar on AMX alone; ``float16_tokens`` how many tokens (of a layer:
+    sequences) the call has in float16, whose backward products torch runs at 2 to 5 GFLOP/s on a CPU: minutes for all of them.
     """
 
     case: Case
@@ -53,6 +55,13 @@ class Line:
     passes: tuple[str, ...] = APART
     memory: float | None = None
     amx_only: tuple[str, ...] = ()
+    float16_tokens: int | None = None
+
+    def call(self, dtype: str) -> Case:
+        """The call in ``dtype``."""
+        if dtype != "float16" or self.float16_tokens is None:
+            return self.case
+        return dataclasses.replace(self.case, shape=(self.float16_tokens, *self.case.shape[1:]))
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -71,7 +80,7 @@ class Line:
         return {
             "bar": None if dtype in self.amx_only and isa != "amx" else ratios[index],
             "roofline_bar": shares[index] if shares else None,
-            "memory_bar": self.memory,
+            "memory_bar": self.memory if self.call(dtype) == self.case else None,
         }
 
     @property
@@ -134,18 +143,24 @@ FFN = (
         {"bfloat16": (75,)},
         amx_only=("float32",),
     ),
-    Line(_FFN, (1.9, 2.4), (2.2, 2.2), (2, 2), passes=TOGETHER),
+    Line(_FFN, (1.9, 2.4), (2.2, 2.2), (2, 2), passes=TOGETHER, float16_tokens=256),
     Line(
-        Case("glu_ffn", (2048, 1024, 2816), {"activation": "swiglu"}), (2.0, 2.4), (2.2, 2.2), (2, 2), passes=TOGETHER
+        Case("glu_ffn", (2048, 1024, 2816), {"activation": "swiglu"}),
+        (2.0, 2.4),
+        (2.2, 2.2),
+        (2, 2),
+        passes=TOGETHER,
+        float16_tokens=256,
     ),
     Line(Case("ffn", (1, 768, 3072), {"activation": "gelu", "bias": True}), (1.8,), (1.15,), (2,)),
     Line(Case("glu_ffn", (1, 1024, 2816), {"activation": "swiglu"}), (1.8,), (1.15,), (2,)),
-    *(Line(_FFN, (1, 6), (1, 1), (2, 6), isa=isa) for isa in limited.ENVIRONMENT),
+    *(Line(_FFN, (1, 6), (1, 1), (2, 6), isa=isa, float16_tokens=256) for isa in limited.ENVIRONMENT),
 )
 
 LOSS = (
     Line(
         Case("linear_cross_entropy", (2048, 768, 50257)), (2.5,), (2.2,), (2,), passes=TOGETHER[1:], memory=0.1,
+        float16_tokens=128,
     ),
 )  # fmt: skip
 
@@ -154,9 +169,9 @@ _DROPOUT = {"dropout_p": 0.1}
 #: In evaluation forward, in training (with dropout) forward and backward.
 LAYER = (
     Line(Case("encoder_layer", _SHORT), (2,), (1.8,), (2,)),
-    Line(Case("encoder_layer", _SHORT, _DROPOUT), (5,), (2.5,), (2,), passes=TOGETHER[1:]),
+    Line(Case("encoder_layer", _SHORT, _DROPOUT), (5,), (2.5,), (2,), passes=TOGETHER[1:], float16_tokens=2),
     Line(Case("encoder_layer", _LONG), (2,), (1.8,), (2,)),
-    Line(Case("encoder_layer", _LONG, _DROPOUT), (8,), (3.5,), (2,), passes=TOGETHER[1:]),
+    Line(Case("encoder_layer", _LONG, _DROPOUT), (8,), (3.5,), (2,), passes=TOGETHER[1:], float16_tokens=1),
     *(Line(Case("encoder_layer", _SHORT), (1,), (1,), (2,), isa=isa) for isa in limited.ENVIRONMENT),
 )
 

@@ -119,7 +119,7 @@ class Bench:
 
     def line(self, line: Line, dtype_name: str) -> Iterator[Row]:
         """A row per direction of ``line``, against the fastest of its peers and with its bars."""
-        case = line.case
+        case = line.call(dtype_name)
         start, oracle, unavailable = self._start(case, dtype_name, line.directions)
         wanted = [
             peer for peer in line.peers if peer != "compile" or compile_helps(oracle.tensors, case, line.directions)
@@ -139,7 +139,7 @@ class Bench:
             figures = self._figures(case, oracle, direction, ours, timings.pop(COPY, None))
             figures["errors"] = {result: error for result, error in errors.items() if _belongs(result, direction)}
             peer = min(timings, key=lambda name: timings[name].median)
-            if line.memory is not None:
+            if row["memory_bar"] is not None:
                 figures |= self._memory(case, dtype_name, peer)
             yield Row(**row, peer=peer, verdict=check.OK, **_timed(ours, timings[peer]), **figures)
 

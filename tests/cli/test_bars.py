@@ -108,6 +108,23 @@ def test_memory_of_the_loss_and_what_is_for_amx_alone():
     assert linear.bar("float16", "forward", "avx512")["bar"] == 2
 
 
+def test_float16_calls_are_the_same_with_fewer_tokens():
+    for line in (line for group in bars.LINES.values() for line in group):
+        assert all(line.call(dtype) == line.case for dtype in ("bfloat16", "float32"))
+        short = line.call("float16")
+        assert dataclasses.replace(short, shape=line.case.shape) == line.case
+        assert short.shape[0] <= line.case.shape[0] and short.shape[1:] == line.case.shape[1:]
+        if "backward" in line.directions[-1] and line.case.op in (
+            "ffn",
+            "glu_ffn",
+            "linear_cross_entropy",
+            "encoder_layer",
+        ):
+            assert short.shape[0] < line.case.shape[0]
+    (loss,) = bars.LOSS
+    assert loss.bar("float16", "forward+backward", "amx") == {"bar": 2, "roofline_bar": None, "memory_bar": None}
+
+
 def test_directions_of_the_lines():
     found = {line.text: line.directions for group in bars.LINES.values() for line in group}
     assert found[BERT] == found["layer_norm 8192x768"] == ("forward", "backward")
