@@ -17,6 +17,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
                  "attention: the heads of q are no multiple of those of k and v");
   FASTATTN_CHECK(k.size(2) == v.size(2), "attention: k and v differ in length");
   FASTATTN_CHECK(k.size(3) == q.size(3), "attention: q and k differ in head_dim");
+  FASTATTN_CHECK(q.size(3) > 0 && v.size(3) > 0, "attention: head_dim is 0");
 }
 
 // Up to this many rows a call is a decoding step: the rest has too few lanes to fill.
