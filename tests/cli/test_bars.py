@@ -356,6 +356,23 @@ def test_bars_of_the_language_model(short, tiny_model, monkeypatch, capsys):
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_what_is_checked_of_the_language_model(tiny_model, monkeypatch, decode):
+    """Logits at several places, each those of the whole text up to there."""
+    monkeypatch.setattr(modules, "PLACES", 4)
+    case = modules.checked(Case("causal_lm", (1, 9), {"decode": True} if decode else {}))
+    oracle = check.Oracle(case, torch.float32, CPU)
+    model = modules.PlainTransformer(TINY_MODEL, {k: v.double() for k, v in modules.language_model()[1].items()})
+    tokens = oracle.tensors["tokens"] if decode else oracle.tensors["tokens"][:, 1:]
+    model.reset(1, tokens.shape[1])
+    whole = model.forward(tokens)
+    torch.testing.assert_close(
+        oracle.exact["out"], whole[:, -4:] if decode else whole[:, [1, 3, 5, 7]], rtol=0, atol=1e-9
+    )
+    for name, error, _, allowed in oracle.judge("auto"):
+        assert error <= allowed, name
+
+
 def test_memory_beyond_the_results(short, monkeypatch, capsys):
     """1025 columns of 4096 rows: the peer has logits and their gradient in memory, 16 MiB each; the gradients of x are results."""
     case = Case("linear_cross_entropy", (4096, 8, 1025))
