@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import forward_mode, pullback_of_gradient, pushforward, wants_gradient
+from fastattn.ops._derivatives import apply, forward_mode, pullback_of_gradient, pushforward, wants_gradient
 from fastattn.ops._select import choose
 from fastattn.reference.loss import REDUCTIONS
 from fastattn.reference.precision import accumulation_dtype
@@ -227,7 +227,7 @@ def cross_entropy(
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     if wants_gradient(logits):
-        return (_CrossEntropyDual if forward_mode() else _CrossEntropy).apply(logits, target, weight, *options)[0]
+        return apply(_CrossEntropyDual if forward_mode() else _CrossEntropy, logits, target, weight, *options)[0]
     return torch.ops.fastattn.cross_entropy_forward(logits, target, weight, *options)[0]
 
 
@@ -287,7 +287,7 @@ def linear_cross_entropy(
         if reduction != "none" and torch.is_grad_enabled():
             wanted = [t is not None and t.requires_grad for t in matrices]
         function = _LinearCrossEntropyDual if forward_mode() else _LinearCrossEntropy
-        loss = function.apply(*matrices, target.reshape(-1), *options, *wanted)[0]
+        loss = apply(function, *matrices, target.reshape(-1), *options, *wanted)[0]
     else:
         loss = torch.ops.fastattn.linear_cross_entropy_forward(*matrices, target.reshape(-1), *options, *wanted)[0]
     return loss.reshape(shape) if reduction == "none" else loss
