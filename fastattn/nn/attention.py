@@ -190,12 +190,13 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """``x`` (..., parts·E) in the module's layout as ``parts`` views of (B, H, N, D)."""
-        x = x.unflatten(-1, (parts, self.num_heads, self.head_dim))
-        if x.dim() == 4:
+        if x.dim() == 2:
             x = x.unsqueeze(0)
-        elif not self.batch_first:
-            x = x.transpose(0, 1)
-        return tuple(part.transpose(1, 2) for part in x.unbind(2))
+            batch, tokens = 0, 1
+        else:
+            batch, tokens = (0, 1) if self.batch_first else (1, 0)
+        x = x.view(*x.shape[:2], parts, self.num_heads, self.head_dim)
+        return x.permute(2, batch, 3, tokens, 4).unbind()
 
     def _merge_heads(self, out: Tensor, batched: bool) -> Tensor:
         """The output projection of ``out`` (B, H, L, D), in the module's layout."""
