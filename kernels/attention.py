@@ -38,15 +38,15 @@ def attention_forward(
     softcap: float,
     dropout_p: float,
     rng_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(out (B, H, Nq, Dv) in q's dtype and memory order, lse (B, H, Nq) float32)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out (B, H, Nq, Dv) in q's dtype and memory order, lse (B, H, Nq) float32, statistics: not kept here)."""
     out = _output_like(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel():
         score = Score(softmax_scale, softcap, window_left, window_right, diagonal)
         inputs, features = prepare(q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state)
         launch_forward(inputs, features, out, lse)
-    return out, lse
+    return out, lse, lse.new_zeros((2, *lse.shape) if q.dtype == torch.float32 else 0)
 
 
 def attention_backward(

@@ -1,7 +1,7 @@
 // Attention backward (Dao et al., "FlashAttention-2", 2023). Contract: AttentionBackwardParams in params.h.
 //
-// For each pair of a query block and a key block, probabilities again from the saved logsumexp, everything transposed:
-//   S^T = K Q^T       P^T = exp(S^T - lse)                       lse and delta are lanes
+// For each pair of a query block and a key block, probabilities again from what forward saved, everything transposed:
+//   S^T = K Q^T       P^T = exp(S^T - lse)                       lse, or m and 1 / l, and delta are lanes
 //   dP^T = V dO^T     dS^T = P^T * (dP^T - delta)                delta = rowsum(dout * out) - dlse
 //   dV += P^T dO      dK += dS^T Q                               P^T and dS^T as they lie are the left operands
 //   dQ^T += K^T dS^T                                             dS^T again in packed form as the right operand
@@ -15,11 +15,14 @@ constexpr int64_t kResidentQueries = 192 << 10;
 // Key blocks of a chunk in stage kKeys, and tiles in stage kMask, for which queries are prepared once.
 constexpr int64_t kKeyBlocksTogether = 4;
 
-// Of a row of queries: its logsumexp in the unit of exp_unit, +inf if it saw nothing, and what the change of base took
-// from it; delta.
+// Of 16-bit inputs the products lose far more than lse does, of double nobody misses it.
+template <class S>
+constexpr bool kKeepsStatistics = std::is_same_v<S, float>;
+
+// Of a row of queries: p = factor * exp_unit(score - shift), and delta. A row that saw nothing has shift = +inf.
 template <class A>
 struct RowStatistics {
-  A lse, lse_low, delta;
+  A shift, factor, delta;
 };
 template <class S>
 inline RowStatistics<Acc<S>> row_statistics(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t i) {
@@ -28,7 +31,7 @@ inline RowStatistics<Acc<S>> row_statistics(const AttentionBackwardParams& p, in
   constexpr A kInf = std::numeric_limits<A>::infinity();
   const int64_t row = row_index(p, b, h) + i;
   const A lse = static_cast<const A*>(p.lse)[row];
-  if (lse == -kInf) return {kInf, A(0), A(0)};
+  if (lse == -kInf) return {kInf, A(1), A(0)};
   const S* dout = row_at<S>(p.dout, p.dout_stride, b, h, p.first_row + i);
   const S* out = row_at<S>(static_cast<const void*>(p.out), p.out_stride, b, h, p.first_row + i);
   V sum = V::zero();
@@ -36,8 +39,13 @@ inline RowStatistics<Acc<S>> row_statistics(const AttentionBackwardParams& p, in
     const int64_t n = std::min<int64_t>(V::kLanes, p.head_dim_v - d);
     sum = fma(V::load_n(dout + d, n), V::load_n(out + d, n), sum);
   }
-  const A unit = lse * kLogUnit<A>, dlse = p.dlse != nullptr ? static_cast<const A*>(p.dlse)[row] : A(0);
-  return {unit, std::fma(lse, kLogUnit<A>, -unit), reduce_add(sum) - dlse};
+  const A delta = reduce_add(sum) - (p.dlse != nullptr ? static_cast<const A*>(p.dlse)[row] : A(0));
+  if (p.statistics != nullptr) {
+    const A* statistics = static_cast<const A*>(p.statistics) + row;
+    return {statistics[0], A(1) / statistics[p.statistics_stride], delta};
+  }
+  const A shift = lse * kLogUnit<A>, rest = std::fma(lse, kLogUnit<A>, -shift);
+  return {shift, A(1) - rest / kLogUnit<A>, delta};
 }
 
 template <class S>
@@ -76,8 +84,8 @@ class AttentionBackward {
       x.q = scratch.take<T>(for_keys_ ? G::packed_size(kAttentionQueries, p.head_dim) : 0);
       x.dout = scratch.take<T>(for_keys_ ? G::packed_size(kAttentionQueries, p.head_dim_v) : 0);
       x.dq = scratch.take<A>(for_queries_ ? p.head_dim * kAttentionQueries : 0);
-      x.lse = scratch.take<A>(kAttentionQueries);
-      x.lse_low = scratch.take<A>(kAttentionQueries);
+      x.shift = scratch.take<A>(kAttentionQueries);
+      x.factor = scratch.take<A>(kAttentionQueries);
       x.delta = scratch.take<A>(kAttentionQueries);
       x.slope_sum = scratch.take<A>(kAttentionQueries);
     }
@@ -125,7 +133,7 @@ class AttentionBackward {
     ScoreBlock block;
     Range visible;
     T *q_transposed, *dout_transposed, *q, *dout;
-    A *dq, *lse, *lse_low, *delta, *slope_sum;
+    A *dq, *shift, *factor, *delta, *slope_sum;
   };
 
   int64_t query_blocks() const { return (p_.rows + kAttentionQueries - 1) / kAttentionQueries; }
@@ -301,8 +309,8 @@ class AttentionBackward {
     }
   }
 
-  // Packs q and dout of one query block, computes its lse and delta lanes. Rows that saw nothing enter as zeros with
-  // lse = +inf, which makes their probabilities zero.
+  // Packs q and dout of one query block, computes its lanes of statistics. Rows that saw nothing enter as zeros with
+  // shift = +inf, which makes their probabilities zero.
   void prepare_queries(int64_t b, int64_t h, int64_t index, QueryBlock* x) {
     select_keys(b, h / group());
     const int64_t row = index * kAttentionQueries;
@@ -337,16 +345,16 @@ class AttentionBackward {
     for (int64_t c = 0; c < block.lanes; ++c) {
       const bool exists = c < block.rows;
       const RowStatistics<A> row =
-          exists ? row_statistics<S>(p_, block.batch, block.head, block.row + c) : RowStatistics<A>{kInf, A(0), A(0)};
-      x.lse[c] = row.lse, x.lse_low[c] = row.lse_low, x.delta[c] = row.delta;
-      hidden |= exists && row.lse == kInf;
+          exists ? row_statistics<S>(p_, block.batch, block.head, block.row + c) : RowStatistics<A>{kInf, A(1), A(0)};
+      x.shift[c] = row.shift, x.factor[c] = row.factor, x.delta[c] = row.delta;
+      hidden |= exists && row.shift == kInf;
     }
     return hidden;
   }
 
   void stage_rows(const QueryBlock& x, const S* from, int64_t ld, int64_t channels, S* to) {
     for (int64_t c = 0; c < x.block.rows; ++c) {
-      if (x.lse[c] == std::numeric_limits<A>::infinity()) {
+      if (x.shift[c] == std::numeric_limits<A>::infinity()) {
         std::fill_n(to + c * channels, channels, S{});
       } else {
         std::copy_n(from + c * ld, channels, to + c * channels);
@@ -395,10 +403,10 @@ class AttentionBackward {
     const int64_t lanes = block.lanes, ld = lanes * G::kParts;
     const bool operands = for_keys_ || for_queries_;
     for (int64_t c = 0; c < lanes; c += G::kNr) {
-      V lse[kVectors], lse_low[kVectors], delta[kVectors], slope_sum[kVectors];
+      V shift[kVectors], factor[kVectors], delta[kVectors], slope_sum[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        lse[v] = V::zero() - V::load(x.lse + c + v * V::kLanes);
-        lse_low[v] = V::load(x.lse_low + c + v * V::kLanes);
+        shift[v] = V::zero() - V::load(x.shift + c + v * V::kLanes);
+        factor[v] = V::load(x.factor + c + v * V::kLanes);
         delta[v] = V::load(x.delta + c + v * V::kLanes);
         slope_sum[v] = V::load(x.slope_sum + c + v * V::kLanes);
       }
@@ -413,10 +421,8 @@ class AttentionBackward {
             ds[step] = V::zero();
             if (G::kStep > 1 && j + step >= block.keys) continue;
             const int64_t column = c + v * V::kLanes, at = (j + step) * lanes + column;
-            V exponent = fma(V::load(s_ + at), V(unit), lse[v]);
-            // An error here is one of the whole row: what lse lost in the change of base counts in single precision.
-            if constexpr (sizeof(S) == sizeof(float)) exponent = exponent - lse_low[v];
-            V p = exp_unit<kCoarse>(exponent);
+            V p = exp_unit<kCoarse>(fma(V::load(s_ + at), V(unit), shift[v]));
+            if constexpr (kKeepsStatistics<S>) p = p * factor[v];
             if constexpr (kScores == Scores::kModified) {
               ds[step] = modified_gradient(block, j + step, column, delta[v], &p, &slope_sum[v]);
             } else {

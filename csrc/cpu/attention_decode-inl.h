@@ -148,7 +148,7 @@ class AttentionDecode {
     for (int64_t d = 0; d < p_.head_dim_v; d += V::kLanes) {
       (V::load(o_ + d) * inverse).store_n(out + d, std::min<int64_t>(V::kLanes, p_.head_dim_v - d));
     }
-    static_cast<A*>(p_.lse)[row_index(p_, b, h) + i] = natural_lse(m, l);
+    store_lse(p_, row_index(p_, b, h) + i, m, l);
   }
 
   static A exp_of(A x) { return reduce_max(exp_unit<false>(V(x))); }

@@ -144,7 +144,7 @@ class AttentionDecodeBackward {
   // A row that saw nothing enters as zeros: its probabilities are, but its gradient may be anything.
   RowStatistics<A> load_queries(int64_t b, Row row, int64_t r) {
     const RowStatistics<A> statistics = row_statistics<S>(p_, b, row.head, row.index);
-    const bool hidden = statistics.lse == std::numeric_limits<A>::infinity();
+    const bool hidden = statistics.shift == std::numeric_limits<A>::infinity();
     const int64_t at = p_.first_row + row.index;
     const S* q = row_at<S>(p_.q, p_.q_stride, b, row.head, at);
     const S* dout = row_at<S>(p_.dout, p_.dout_stride, b, row.head, at);
@@ -155,10 +155,10 @@ class AttentionDecodeBackward {
 
   // Scores to probabilities, dout.v to ds. Returns whether some probability is 0 or NaN: those keys are not touched.
   bool gradient_row(const ScoreBlock& row, const RowStatistics<A>& of, A* s, A* dp, A* record) {
-    const V lse(-of.lse), lse_low(of.lse_low), delta(of.delta), unit(kLogUnit<A>);
+    const V shift(-of.shift), factor(of.factor), delta(of.delta), unit(kLogUnit<A>);
     V slope_sum = V::zero(), lowest(std::numeric_limits<A>::infinity());
     for (int64_t j = 0; j < row.keys; j += V::kLanes) {
-      const V p = exp_unit<false>(fma(V::load(s + j), unit, lse) - lse_low);
+      const V p = exp_unit<false>(fma(V::load(s + j), unit, shift)) * factor;
       V ds = select(le(p, V::zero()), V::zero(), p * (V::load(dp + j) - delta));
       if (row.keys - j < V::kLanes) {
         const auto exists = first_n<A>(row.keys - j);

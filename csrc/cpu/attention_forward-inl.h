@@ -260,8 +260,8 @@ class AttentionForward {
       }
     }
     transpose_block(x.o, lanes, p_.head_dim_v, block.rows, out_row(block), p_.out_stride[2]);
-    A* lse = static_cast<A*>(p_.lse) + row_index(p_, block.batch, block.head) + block.row;
-    for (int64_t c = 0; c < block.rows; ++c) lse[c] = natural_lse(x.m[c], x.l[c]);
+    const int64_t row = row_index(p_, block.batch, block.head) + block.row;
+    for (int64_t c = 0; c < block.rows; ++c) store_lse(p_, row + c, x.m[c], x.l[c]);
   }
 
   AttentionParams p_;  // with the extents of the sequence at hand

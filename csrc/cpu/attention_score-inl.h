@@ -40,7 +40,7 @@ inline VecD exp_unit(VecD x) {
 
 // log(l e^m) for m in units of exp_unit, rounded once.
 inline float natural_lse(float m, float l) {
-  return static_cast<float>(0.69314718055994530942 * m + static_cast<double>(std::log(l)));
+  return static_cast<float>(0.69314718055994530942 * m + std::log(static_cast<double>(l)));
 }
 inline double natural_lse(double m, double l) { return m + std::log(l); }
 
@@ -138,6 +138,17 @@ inline void enter_sequence(AttentionParams& p, int64_t b) {
 // Where the values of row 0 of the sequence at hand lie in lse and its like.
 inline int64_t row_index(const AttentionParams& p, int64_t b, int64_t h) {
   return b * p.row_stride[0] + h * p.row_stride[1] + p.first_row;
+}
+
+// Keeps a row's lse = log(l e^m). m and l beside it give backward the probabilities of forward, where lse would cost
+// them digits: half a unit in the last place at lse = 7 is four roundings, and so is that of the exponent s - lse.
+template <class A>
+inline void store_lse(const AttentionParams& p, int64_t row, A m, A l) {
+  if (p.lse == nullptr) return;
+  static_cast<A*>(p.lse)[row] = natural_lse(m, l);
+  if (p.statistics == nullptr) return;
+  A* statistics = static_cast<A*>(p.statistics) + row;
+  statistics[0] = m, statistics[p.statistics_stride] = l;
 }
 
 // A work item as (b, head, block): `blocks` of each head, or as many as p.items_before says.

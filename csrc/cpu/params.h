@@ -126,7 +126,11 @@ struct AttentionParams {
   double dropout_scale;  // 1 / (1 - p) in double
   void* out;             // (batch, heads, rows, head_dim_v)
   int64_t out_stride[3];
-  void* lse;              // (batch, heads, rows), contiguous, in the accumulation dtype
+  void* lse;  // null or (batch, heads, rows), contiguous, in the accumulation dtype
+  // Null or (2, batch, heads, rows): m and l of float32, with lse = log(l 2^m); statistics_stride from one to the
+  // other.
+  void* statistics;
+  int64_t statistics_stride;
   int64_t row_stride[2];  // of lse and of all else that has one value per row: batch, head
   // Null, or for few rows (batch, heads, rows, key parts, 2 + head_dim_v): see attention_decode-inl.h; in backward
   // (..., 1 + head_dim): see attention_decode_backward-inl.h.

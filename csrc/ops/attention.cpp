@@ -201,11 +201,13 @@ bool covered(const AttentionParams& p, bool packed, int64_t extent, int64_t Sequ
   return !packed || end == extent;
 }
 
-void fill(const Tensor& x, double value) {
-  if (x.scalar_type() == ScalarType::Double) {
-    std::fill_n(static_cast<double*>(x.mutable_data_ptr()), x.numel(), value);
+// `count` values of the accumulation dtype, if they are there.
+void fill(DType dtype, void* x, int64_t count, double value) {
+  if (x == nullptr) return;
+  if (dtype == DType::kFloat64) {
+    std::fill_n(static_cast<double*>(x), count, value);
   } else {
-    std::fill_n(static_cast<float*>(x.mutable_data_ptr()), x.numel(), static_cast<float>(value));
+    std::fill_n(static_cast<float*>(x), count, static_cast<float>(value));
   }
 }
 
@@ -246,41 +248,65 @@ void run_decode(Params p, ScalarType accumulation, int64_t size, const F& kernel
   for_items(p, p.heads, p.rows, merging, kernel);
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                                             const OptionalTensor& sinks, double softmax_scale, int64_t window_left,
-                                             int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
-                                             const OptionalTensor& rng_state, const OptionalTensor& sequences,
-                                             const OptionalTensor& block_table) {
-  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
-  AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table);
-  set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
-
+// out, and p.lse and p.statistics where these are wanted; q_in has the memory order that out shall have.
+Tensor run_forward(AttentionParams& p, const Tensor& q, const Tensor& q_in) {
   const int64_t batch = q.size(0), rows = q.size(2);
   Tensor out = empty_in_order_of(q_in, p.head_dim_v);
-  const Tensor lse = empty({batch, p.heads, rows}, accumulation_type(q.scalar_type()));
-  p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
+  p.out = out.mutable_data_ptr();
   set_strides(out, p.out_stride);
   if (p.sequences != nullptr) {
     if (batch == 1) p.out_stride[0] = 0;
     if (!covered(p, batch == 1, rows, &Sequence::q_begin, &Sequence::rows)) {
       torch::stable::zero_(out);
-      fill(lse, -std::numeric_limits<double>::infinity());
+      const int64_t count = batch * p.heads * rows;
+      fill(p.dtype, p.lse, count, -std::numeric_limits<double>::infinity());
+      if (p.statistics != nullptr) std::fill_n(static_cast<float*>(p.statistics), 2 * count, 0.0f);
     }
   }
 
   const KernelTable& table = kernels();
   const auto decodes = [few = p.dropout.threshold == 0](const Sequence& own) { return few && own.rows <= kDecodeRows; };
   const auto by_blocks = [&](const Sequence& own) { return !decodes(own); };
-  run_decode(p, lse.scalar_type(), p.head_dim_v + 2, table.attention_forward, decodes);
-  if (!narrow(&p, by_blocks)) return {out, lse};
+  run_decode(p, accumulation_type(q.scalar_type()), p.head_dim_v + 2, table.attention_forward, decodes);
+  if (!narrow(&p, by_blocks)) return out;
   const int64_t queries = table.attention_queries;
   const Items blocks =
       items_of(p, [&](const Sequence& own) { return by_blocks(own) ? blocks_of(own.rows, queries) : 0; }, keys_of);
   for_items(p, p.heads, blocks_of(p.rows, queries), blocks, table.attention_forward);
-  return {out, lse};
+  return out;
+}
+
+}  // namespace
+
+Tensor attention_inference(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& attn_mask,
+                           const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
+                           int64_t window_left, int64_t window_right, int64_t diagonal, double softcap,
+                           double dropout_p, const OptionalTensor& rng_state, const OptionalTensor& sequences,
+                           const OptionalTensor& block_table) {
+  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table);
+  set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
+  return run_forward(p, q, q_in);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                                     const OptionalTensor& attn_mask,
+                                                     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                                     double softmax_scale, int64_t window_left, int64_t window_right,
+                                                     int64_t diagonal, double softcap, double dropout_p,
+                                                     const OptionalTensor& rng_state, const OptionalTensor& sequences,
+                                                     const OptionalTensor& block_table) {
+  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table);
+  set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
+  const ScalarType type = q.scalar_type(), wide = accumulation_type(type);
+  const Tensor lse = empty({q.size(0), p.heads, q.size(2)}, wide);
+  const bool keeps = type == ScalarType::Float;
+  const Tensor statistics = keeps ? empty({2, q.size(0), p.heads, q.size(2)}, wide) : empty({0}, wide);
+  p.lse = lse.mutable_data_ptr();
+  if (keeps) p.statistics = statistics.mutable_data_ptr(), p.statistics_stride = lse.numel();
+  const Tensor out = run_forward(p, q, q_in);
+  return {out, lse, statistics};
 }
 
 namespace {
@@ -372,10 +398,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& out_in, const Tensor& lse_in, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
     double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
-    bool sinks_grad, const OptionalTensor& sequences) {
+    bool sinks_grad, const OptionalTensor& sequences, const OptionalTensor& statistics_in) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const Tensor dout = unit_last_stride(dout_in), out = unit_last_stride(out_in);
   const Tensor lse = torch::stable::contiguous(lse_in);
+  const bool kept = statistics_in.has_value() && statistics_in->numel() > 0;
+  const OptionalTensor statistics =
+      kept ? OptionalTensor(torch::stable::contiguous(*statistics_in)) : OptionalTensor(std::nullopt);
   const OptionalTensor dlse = dlse_in.has_value() ? OptionalTensor(torch::stable::contiguous(*dlse_in)) : std::nullopt;
   AttentionBackwardParams p{};
   static_cast<AttentionParams&>(p) = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, std::nullopt);
@@ -388,6 +417,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   FASTATTN_CHECK(lse.numel() == q.size(0) * p.heads * q.size(2) && lse.scalar_type() == accumulation,
                  "attention: lse is (batch, heads, rows) in the accumulation dtype");
+  FASTATTN_CHECK(!kept || (type == ScalarType::Float && statistics->numel() == 2 * lse.numel() &&
+                           statistics->scalar_type() == accumulation),
+                 "attention: statistics is what forward returned for float32");
   FASTATTN_CHECK(!dlse.has_value() || (dlse->numel() == lse.numel() && dlse->scalar_type() == accumulation),
                  "attention: dlse is like lse");
   FASTATTN_CHECK(!mask_grad || (attn_mask.has_value() && p.mask_dtype != DType::kBool),
@@ -395,6 +427,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   FASTATTN_CHECK(!slopes_grad || alibi_slopes.has_value(), "attention: slopes_grad needs alibi_slopes");
   FASTATTN_CHECK(!sinks_grad || sinks.has_value(), "attention: sinks_grad needs sinks");
   p.out = const_cast<void*>(out.const_data_ptr()), p.lse = const_cast<void*>(lse.const_data_ptr());
+  p.statistics = const_cast<void*>(data_or_null(statistics)), p.statistics_stride = lse.numel();
   p.dout = dout.const_data_ptr(), p.dlse = data_or_null(dlse);
   set_strides(out, p.out_stride), set_strides(dout, p.dout_stride);
 

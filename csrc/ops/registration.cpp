@@ -17,18 +17,24 @@ NormResults norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tens
                           const Tensor& mean, const Tensor& rstd, bool rms, double dropout_p,
                           const OptionalTensor& rng_state, bool weight_grad, bool bias_grad);
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                                             const OptionalTensor& sinks, double softmax_scale, int64_t window_left,
-                                             int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
-                                             const OptionalTensor& rng_state, const OptionalTensor& sequences,
-                                             const OptionalTensor& block_table);
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                     const OptionalTensor& attn_mask,
+                                                     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                                     double softmax_scale, int64_t window_left, int64_t window_right,
+                                                     int64_t diagonal, double softcap, double dropout_p,
+                                                     const OptionalTensor& rng_state, const OptionalTensor& sequences,
+                                                     const OptionalTensor& block_table);
+Tensor attention_inference(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& attn_mask,
+                           const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
+                           int64_t window_left, int64_t window_right, int64_t diagonal, double softcap,
+                           double dropout_p, const OptionalTensor& rng_state, const OptionalTensor& sequences,
+                           const OptionalTensor& block_table);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
     double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
-    bool sinks_grad, const OptionalTensor& sequences);
+    bool sinks_grad, const OptionalTensor& sequences, const OptionalTensor& statistics);
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& residual);
@@ -66,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
+  m.impl("attention_inference", TORCH_BOX(&fastattn::attention_inference));
   m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
   m.impl("rope", TORCH_BOX(&fastattn::rope));
   m.impl("rope_", TORCH_BOX(&fastattn::rope_));

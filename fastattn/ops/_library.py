@@ -33,17 +33,26 @@ SCHEMAS = {
     # S batch entries, or one that all sequences lie in; B = S for alibi_slopes and dropout. Rows outside give out 0, lse -inf.
     # block_table int32 (S, pages of each), CPU: k and v are (pages, Hk, page_size, D), key j of sequence s is row j % page_size of
     # page block_table[s, j / page_size].
+    # statistics (2, B, H, Nq): m and l of a float32 lse = log(l 2^m), which rounding took digits from; Triton gives zeros and does
+    # not look at them; (0,) for other dtypes of q.
     "attention_forward": (
         "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, float softmax_scale,"
         " int window_left, int window_right, int diagonal, float softcap, float dropout_p, Tensor? rng_state,"
-        " Tensor? sequences=None, Tensor? block_table=None) -> (Tensor out, Tensor lse)"
+        " Tensor? sequences=None, Tensor? block_table=None) -> (Tensor out, Tensor lse, Tensor statistics)"
+    ),
+    # attention_forward's out alone, on the CPU: each further result costs a call 0.6 µs.
+    "attention_inference": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, float softmax_scale,"
+        " int window_left, int window_right, int diagonal, float softcap, float dropout_p, Tensor? rng_state,"
+        " Tensor? sequences=None, Tensor? block_table=None) -> Tensor"
     ),
     # dmask has attn_mask's own (unexpanded) shape and dtype; dslopes that of alibi_slopes; dsinks that of sinks.
     "attention_backward": (
         "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? attn_mask,"
         " Tensor? alibi_slopes, Tensor? sinks, float softmax_scale, int window_left, int window_right, int diagonal,"
         " float softcap, float dropout_p, Tensor? rng_state, bool mask_grad, bool slopes_grad, bool sinks_grad,"
-        " Tensor? sequences=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dslopes, Tensor dsinks)"
+        " Tensor? sequences=None, Tensor? statistics=None)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dslopes, Tensor dsinks)"
     ),
     # x, residual (M, N) with unit last stride; weight, bias (N,) in x.dtype or float32. h = dropout(x) + residual, y = norm(h).
     # h is (0,) when it would equal x; mean is (0,) for rms.
@@ -120,7 +129,12 @@ def _none(x: Tensor) -> Tensor:
 
 def _fake_attention_forward(q, k, v, attn_mask, alibi_slopes, sinks, *_):  # type: ignore[no-untyped-def]
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-    return attention_output_like(q, v.shape[3]), lse
+    statistics = lse.new_empty((2, *lse.shape) if q.dtype == torch.float32 else 0)
+    return attention_output_like(q, v.shape[3]), lse, statistics
+
+
+def _fake_attention_inference(q, k, v, *_):  # type: ignore[no-untyped-def]
+    return attention_output_like(q, v.shape[3])
 
 
 def _fake_attention_backward(  # type: ignore[no-untyped-def]
@@ -233,6 +247,7 @@ def _fake_linear_cross_entropy_backward(dloss, x, weight, *rest):  # type: ignor
 
 FAKES: dict[str, Callable[..., object]] = {
     "attention_forward": _fake_attention_forward,
+    "attention_inference": _fake_attention_inference,
     "attention_backward": _fake_attention_backward,
     "norm_forward": _fake_norm_forward,
     "norm_inference": _fake_norm_inference,

@@ -46,6 +46,7 @@ class _Options(NamedTuple):
 
 
 _forward = torch.ops.fastattn.attention_forward.default
+_inference = torch.ops.fastattn.attention_inference.default
 _triton_forward = torch.ops.fastattn.triton_attention_forward.default
 _backward = torch.ops.fastattn.attention_backward.default
 _triton_backward = torch.ops.fastattn.triton_attention_backward.default
@@ -68,24 +69,25 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, rng_state, sequences, block_table, triton = args[:10]
         return (_triton_forward if triton else _forward)(
             *tensors, *args[10:], rng_state, *_given(sequences, block_table)
         )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.rng_state, ctx.sequences, ctx.block_table, ctx.triton = inputs[:10]
         ctx.options = inputs[10:]
+        ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
         if forward_mode():
             ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        *tensors, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
+        *tensors, out, lse, statistics = ctx.saved_tensors
         if ctx.block_table is not None:
             raise NotImplementedError("block_table: a paged cache has no gradients; gather its pages to train on them")
         if dout is None:
@@ -94,7 +96,7 @@ class _Attention(torch.autograd.Function):
         gradient = _AttentionGradient.apply if differentiable else _AttentionGradient.forward
         wanted = tuple(ctx.needs_input_grad[3:6])
         state = (ctx.rng_state, ctx.sequences, ctx.triton)
-        grads = gradient(dout, dlse, *tensors, out, lse, *state, *wanted, *ctx.options)
+        grads = gradient(dout, dlse, *tensors, out, lse, statistics, *state, *wanted, *ctx.options)
         kept = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:6], strict=True)]
         return (*kept, *[None] * (4 + len(ctx.options)))
 
@@ -103,9 +105,9 @@ class _AttentionDual(_Attention):
     """With a tangent rule: a class of its own, since torch.compile takes no Function that has one."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         formula = _formula(_Options(*ctx.options), ctx.rng_state, ctx.sequences, ctx.block_table)
-        return pushforward(formula, 2, ctx.saved_tensors[:6], tangents[:6])
+        return (*pushforward(formula, 2, ctx.saved_tensors[:6], tangents[:6]), None)
 
 
 class _AttentionGradient(torch.autograd.Function):
@@ -115,18 +117,19 @@ class _AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        dout, dlse, q, k, v, attn_mask, alibi_slopes, sinks, out, lse, rng_state, sequences, triton, *rest = args
+        dout, dlse, q, k, v, attn_mask, alibi_slopes, sinks, out, lse, statistics, *rest = args
+        rng_state, sequences, triton, *rest = rest
         wanted, options = rest[:3], rest[3:]
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         return (_triton_backward if triton else _backward)(
             dout, dlse, q, k, v, out, lse, attn_mask, alibi_slopes, sinks, *options, rng_state, *wanted,
-            *_given(sequences),
+            *(() if triton else (sequences, statistics)),
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rng_state, ctx.sequences, ctx.wanted, ctx.options = *inputs[10:12], inputs[13:16], inputs[16:]
+        ctx.rng_state, ctx.sequences, ctx.wanted, ctx.options = *inputs[11:13], inputs[14:17], inputs[17:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:8])
 
@@ -137,7 +140,7 @@ class _AttentionGradient(torch.autograd.Function):
         wanted = (True, True, True, *ctx.wanted)
         onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dout, dlse), upstream)
         # out and lse are functions of the inputs here, so their share is already in onto_inputs.
-        return (*onto_cotangents, *onto_inputs, *[None] * (8 + len(ctx.options)))
+        return (*onto_cotangents, *onto_inputs, *[None] * (9 + len(ctx.options)))
 
 
 def attention(
@@ -191,11 +194,11 @@ def attention(
     Raises:
         ValueError, TypeError: naming the argument; NotImplementedError: the named implementation does not take the call.
     """
-    plain = attn_mask is None and alibi_slopes is None and sinks is None and key_lengths is None and rng_state is None
+    plain = attn_mask is None and alibi_slopes is None and sinks is None and key_lengths is None
     if plain and window_size is _UNLIMITED and softcap is _OFF and dropout_p is _OFF and cpu_in_short(implementation):
-        found = _in_short(q, k, v, softmax_scale, 0 if causal else -1, True)
+        found = None if return_lse or rng_state is not None else _in_short(q, k, v, softmax_scale, causal, True)
         if found is not None:
-            return found if return_lse else found[0]
+            return found
     q, k, v = _validate.autocast(getattr(getattr(q, "device", None), "type", "cpu"), q, k, v)  # type: ignore[assignment]
     _check_qkv(q, k, v)
     options = _options(q, softmax_scale, causal, window_size, k.shape[2] - q.shape[2], softcap, dropout_p)
@@ -207,9 +210,9 @@ def attention(
 
 
 def _in_short(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, right: int, bottom_right: bool, grouped: bool = True
-) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) of the common call, half the time of a call of a few rows less than by the checks in Python: the operator checks,
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool, bottom_right: bool, grouped: bool = True
+) -> Tensor | None:
+    """out of the common call, half the time of a call of a few rows less than by the checks in Python: the operator checks,
     and what it refuses is None here and takes the long way, which does it or says what is wrong."""
     try:
         recorded = records(q, k, v)
@@ -219,10 +222,10 @@ def _in_short(
         if type(scale) is not float or not 0 < scale < math.inf or not (grouped or q.size(1) == k.size(1)):
             return None
         diagonal = k.size(2) - q.size(2) if bottom_right else 0
-        options = (scale, -1, right, diagonal, 0.0, 0.0)
+        options = (scale, -1, 0 if causal else -1, diagonal, 0.0, 0.0)
         if recorded:
-            return apply(_Attention, q, k, v, None, None, None, None, None, None, False, *options)
-        return _forward(q, k, v, None, None, None, *options, None)
+            return apply(_Attention, q, k, v, None, None, None, None, None, None, False, *options)[0]
+        return _inference(q, k, v, None, None, None, *options, None)
     except (*REFUSALS, ZeroDivisionError):
         return None
 
@@ -269,9 +272,9 @@ def scaled_dot_product_attention(
     One difference: a row whose keys are all masked gives zeros here, where torch's result (NaN or zeros) depends on its backend.
     """
     if attn_mask is None and dropout_p == 0 and cpu_in_short("auto"):
-        found = _in_short(query, key, value, scale, 0 if is_causal else -1, False, enable_gqa)
+        found = _in_short(query, key, value, scale, is_causal, False, enable_gqa)
         if found is not None:
-            return found[0]
+            return found
     device_type = getattr(getattr(query, "device", None), "type", "cpu")
     query, key, value = _validate.autocast(device_type, query, key, value)  # type: ignore[assignment]
     if is_causal and attn_mask is not None:
@@ -351,9 +354,9 @@ def _attend(
     tensors = (q, k, v, attn_mask, alibi_slopes, sinks)
     if wants_gradient(*tensors):
         state = (rng_state, sequences, block_table, triton)
-        return apply(_AttentionDual if forward_mode() else _Attention, *tensors, *state, *options)
+        return apply(_AttentionDual if forward_mode() else _Attention, *tensors, *state, *options)[:2]
     forward = _triton_forward if triton else _forward
-    return forward(*tensors, *options, rng_state, *_given(sequences, block_table))
+    return forward(*tensors, *options, rng_state, *_given(sequences, block_table))[:2]
 
 
 def _triton_why_not(q: Tensor, v: Tensor, sequences: Tensor | None) -> str | None:

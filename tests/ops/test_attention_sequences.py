@@ -458,7 +458,7 @@ def test_opcheck() -> None:
     sequences = torch.tensor([[0, 3, 0, 5, 2], [3, 6, 5, 7, 1]])
     options = (0.3, -1, 0, 0, 2.0, 0.0, None)
     forward, backward = torch.ops.fastattn.attention_forward.default, torch.ops.fastattn.attention_backward.default
-    out, lse = forward(q, k, v, None, None, None, *options, sequences)
+    out, lse, saved = forward(q, k, v, None, None, None, *options, sequences)
     torch.library.opcheck(forward, (q, k, v, None, None, None, *options, sequences))
     paged = torch.randn(4, 2, 8, 8)
     table = torch.tensor([[3, 1], [0, 2]], dtype=INT32)
@@ -466,5 +466,5 @@ def test_opcheck() -> None:
         forward, (q, paged, paged, None, None, None, *options, torch.tensor([[0, 3, 0, 5, 2], [3, 6, 0, 16, 9]]), table)
     )
     grads = (torch.randn_like(out), torch.randn_like(lse))
-    arguments = (*grads, q, k, v, out, lse, None, None, None, *options, False, False, False, sequences)
+    arguments = (*grads, q, k, v, out, lse, None, None, None, *options, False, False, False, sequences, saved)
     torch.library.opcheck(backward, arguments)

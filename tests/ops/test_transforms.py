@@ -245,7 +245,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 7)
     mask, slopes, sinks = torch.randn(1, 4, 1, 6), torch.rand(1, 4), torch.randn(4)
     options = (0.3, -1, 0, 1, 2.0, 0.1)
-    out, lse = torch.ops.fastattn.attention_forward(q, k, v, mask, slopes, sinks, *options, RNG)
+    out, lse, saved = torch.ops.fastattn.attention_forward(q, k, v, mask, slopes, sinks, *options, RNG)
     x, w, b = torch.randn(5, 6), torch.randn(6), torch.randn(6)
     y, h, mean, rstd = torch.ops.fastattn.norm_forward(x, x.clone(), w, b, 1e-5, False, 0.1, RNG)
     w_in, w_gate, w_out, b_in, b_out = (torch.randn(s) for s in ((9, 6), (9, 6), (4, 9), (9,), (4,)))
@@ -253,10 +253,11 @@ def _samples() -> dict[str, tuple[object, ...]]:
     target, ce = torch.tensor([1, 3, -100, 0, 2]), (-100, 0.1, 3.0, 0.1, 1)
     _, ce_stats = torch.ops.fastattn.cross_entropy_forward(x, target, w.abs(), *ce)
     _, stats, *_ = torch.ops.fastattn.linear_cross_entropy_forward(x, w_in, b_in, target, *ce, False, False, False)
-    grads = (torch.randn_like(out), torch.randn_like(lse))
+    both = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)
     return {
         "attention_forward": (q, k, v, mask, slopes, sinks, *options, RNG),
-        "attention_backward": (*grads, q, k, v, out, lse, mask, slopes, sinks, *options, RNG, True, True, True),
+        "attention_inference": (q, k, v, mask, slopes, sinks, *options, RNG),
+        "attention_backward": (*both, mask, slopes, sinks, *options, RNG, True, True, True, None, saved),
         "norm_forward": (x, x.clone(), w, b, 1e-5, False, 0.1, RNG),
         "norm_inference": (x, w, b, 6, 1e-5, False),
         "norm_backward": (torch.randn_like(y), torch.randn_like(h), h, w, mean, rstd, False, 0.1, RNG, True, True),

@@ -30,7 +30,7 @@ def _attention(head_dim: int, dtype: torch.dtype = torch.bfloat16, features: tup
     slopes = torch.empty(1, 2) if "alibi" in features else None
     options = (mask, slopes, None, 0.1, -1, 0, 0, 30.0 if "softcap" in features else 0.0)
     dropout = (0.1 if "dropout" in features else 0.0, _RNG)
-    out, lse = attention.attention_forward(q, k, k, *options, *dropout)
+    out, lse, _ = attention.attention_forward(q, k, k, *options, *dropout)
     wanted = ("mask" in features, "alibi" in features, False)
     attention.attention_backward(out, None, q, k, k, out, lse, *options, *dropout, *wanted)
 
