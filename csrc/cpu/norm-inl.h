@@ -69,13 +69,11 @@ FASTATTN_IN_LINE inline void each_vector(int64_t n, F f) {
 }
 
 // Rows taken together hide the latency of each other's sums and share the loads of parameters: as many as have room for
-// their sums in registers. With 16 vectors a row, rows wider than 16 bits are bound by memory, which likes one stream
-// of each operand more than four. A row's own bits do not depend on the rows beside it.
-constexpr int kNormRows = VecF::kLanes == 16 ? 4 : 2;
+// their sums in registers. Rows wider than 16 bits are bound by memory, which likes one stream of each operand more
+// than four. A row's own bits do not depend on the rows beside it.
+constexpr int kShortRows = VecF::kLanes == 16 ? 4 : 2;
 template <class T>
-constexpr int kForwardRows = sizeof(T) == 2 ? kNormRows : 1;
-template <class T>
-constexpr int kBackwardRows = sizeof(T) == 2 || VecF::kLanes < 16 ? kNormRows : 1;
+constexpr int kNormRows = sizeof(T) == 2 ? kShortRows : 1;
 
 // No default member initializer: a constructor that the compiler writes itself is compiled outside the target region.
 template <class A, int kSlots>
@@ -97,7 +95,7 @@ struct RowSum {
   }
 };
 template <class T>
-using ForwardSum = RowSum<Acc<T>, kForwardRows<T> == 1 ? 4 : 2>;
+using ForwardSum = RowSum<Acc<T>, kNormRows<T> == 1 ? 4 : 2>;
 template <class T>
 using BackwardSum = RowSum<Acc<T>, 2>;
 
@@ -348,7 +346,7 @@ inline void norm_forward_rows(const NormForwardParams& p, Range range) {
   operands.bias = p.bias ? widened<A>(p.bias, p.weight_dtype, n, A(0), scratch.take<A>(n)) : nullptr;
   operands.factor = scratch.take<float>(kDropoutScratch);
   operands.stream = p.stream && streamable<T>(p.y, n);
-  constexpr int kRows = kForwardRows<T>;
+  constexpr int kRows = kNormRows<T>;
   int64_t row = range.begin;
   for (; several_rows_fit<T>(n) && row + kRows <= range.end; row += kRows) {
     norm_forward_block<kRows, T>(p, row, rows_ahead<kRows>(row, range.end), operands);
@@ -468,7 +466,7 @@ inline void norm_backward_block(const NormBackwardParams& p, int64_t row, const 
 template <NormSums kSums, class T>
 inline void norm_backward_chunk(const NormBackwardParams& p, Range rows, const NormOperands<Acc<T>>& operands,
                                 Acc<T>* dweight, Acc<T>* dbias) {
-  constexpr int kRows = kBackwardRows<T>;
+  constexpr int kRows = kNormRows<T>;
   int64_t row = rows.begin;
   for (; several_rows_fit<T>(p.columns) && row + kRows <= rows.end; row += kRows) {
     norm_backward_block<kRows, kSums, T>(p, row, operands, dweight, dbias);
