@@ -69,7 +69,7 @@ constexpr int64_t kClassBlock = 512, kStrip = 5 * kClassBlock;  // of 5 KiB in 1
 constexpr int64_t kMostColumns = 768, kLeastRows = 32;
 // All scratch together is at most this part of the logits in their dtype, from kLeastScratch on: less than a tenth of
 // what log-softmax and its gradient hold, which is three times the logits.
-constexpr double kLogitsPart = 0.28;
+constexpr double kLogitsPart = 0.25;
 constexpr int64_t kLeastScratch = 16 << 20, kMostScratch = 512 << 20;
 // Each chunk packs the weight twice and passes dW once; with fewer rows that takes longer than computing strips again.
 constexpr int64_t kLeastChunk = 3 * kRowBlock;

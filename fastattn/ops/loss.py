@@ -248,7 +248,7 @@ def linear_cross_entropy(
 
     With mean or sum the gradients are computed together with the loss, if they are wanted, and multiplied by the incoming one in
     backward (which rounds 16-bit ones once more, unless it is a power of two); with none the logits are computed again there.
-    Scratch memory is 28 % of the logits in x's dtype, at least 16 and at most 512 MiB.
+    Scratch memory is a quarter of the logits in x's dtype, at least 16 and at most 512 MiB.
 
     Args:
         x: (..., K), float64/32/16 or bfloat16; weight and bias have its dtype and device.
