@@ -27,7 +27,7 @@ def _cases(dtype: torch.dtype, *lead: int) -> dict[str, tuple[str, Call, list[Te
     weight, bias, columns = _draw(dtype, 40, 24), _draw(dtype, 40), _draw(dtype, 24)
     w_out, b_out = _draw(dtype, 40, 40), _draw(dtype, 40)
     angles = _draw(torch.float64 if dtype == torch.float64 else torch.float32, 5, 6)
-    heads, same = _draw(dtype, 2, 3, 5, 16), _draw(dtype, *lead, 24)
+    heads, keys, same = _draw(dtype, 2, 3, 5, 16), _draw(dtype, 2, 1, 9, 16), _draw(dtype, *lead, 24)
     return {
         "linear": ("linear", lambda *t, **k: fastattn.linear(*t[:3], residual=t[3], **k), [x, weight, bias, residual]),
         "ffn": (
@@ -48,6 +48,7 @@ def _cases(dtype: torch.dtype, *lead: int) -> dict[str, tuple[str, Call, list[Te
             [x, columns, same],
         ),
         "rope": ("rope", lambda x, **k: fastattn.rope(x, angles.cos(), angles.sin(), **k), [heads]),
+        "attention": ("attention", lambda *t, **k: fastattn.attention(*t, causal=True, **k), [heads, keys, keys + 1]),
     }  # fmt: skip
 
 
@@ -105,6 +106,25 @@ def test_left_to_the_long_way(name: str) -> None:
     if name != "glu_ffn":
         with pytest.raises(ValueError, match="residual: expected shape"):
             call(*tensors[:-1], tensors[-1].flatten(0, 1))
+
+
+def test_attention_left_to_the_long_way() -> None:
+    """What the operator would take and the operation does not, or means differently."""
+    q, k = _draw(torch.float32, 2, 4, 5, 8), _draw(torch.float32, 2, 2, 7, 8)
+    with pytest.raises(ValueError, match="query, key, value"):
+        fastattn.scaled_dot_product_attention(q, k, k)
+    with pytest.raises(TypeError, match="softmax_scale"):
+        fastattn.attention(q, k, k, softmax_scale="1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="softmax_scale"):
+        fastattn.attention(q, k, k, softmax_scale=-1.0)
+    with pytest.raises(ValueError, match="head_dim is 0"):
+        fastattn.attention(q[..., :0], k[..., :0], k)
+    with pytest.raises(TypeError, match="dtype"):
+        fastattn.attention(q.long(), k.long(), k.long())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fastattn.attention(q, k, k).dtype == torch.bfloat16
+    negative = fastattn.scaled_dot_product_attention(q, q, q, scale=-0.5)
+    torch.testing.assert_close(negative, torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=-0.5))
 
 
 def test_angles_stay_constants() -> None:
