@@ -33,7 +33,7 @@ def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = x.new_empty(columns, dtype=dtype)
     if columns == 0 or rows == 0:
         return out.zero_()
-    config = configs.column_sum(columns)
+    config = configs.column_sum(configs.arch_of(x))
     chunks = configs.row_chunks(rows, config.block_m)
     if chunks > 1:
         partial = x.new_empty(chunks, columns, dtype=torch.float32)

@@ -1,22 +1,24 @@
 """Tile shapes of every Triton kernel, chosen by shape, dtype and architecture.
 
 No GPU has timed them yet: every figure below is a budget (registers without spills, shared memory of the architecture) that
-``tests/triton/test_compile.py`` checks.
+``tests/triton/test_compile.py`` checks. A kernel's choice is a function under ``@choice`` (see ``choice.py``), and what
+``python -m fastattn tune`` may try instead are its candidates.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from fastattn.kernels.choice import BOTH, DTYPES, Arch, choice
 
-@dataclass(frozen=True)
-class Arch:
-    """What a tile choice depends on: ``kind`` is "cuda" (``number`` 80, 90, ...), "hip" or "interpreter" (``number`` 0)."""
-
-    kind: str
-    number: int = 0
+#: Padded head_dims: every power of two that ``head_block`` gives.
+HEAD_DIMS = (16, 32, 64, 128, 256)
+#: Row lengths of norms that are told apart; beyond the largest the looped kernels do the rest.
+NORM_COLUMNS = tuple(1 << bits for bits in range(4, 16))
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ _INTERPRETED = Attention(64, 64, 4, 1)
 _INTERPRETED_MATMUL = Matmul(64, 64, 64, 4, 1)
 
 
+@choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)
 def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Attention:
     """Tiles of the forward kernel. ``head_dim``: the larger padded one of q/k and v; ``extras``: ``Features.extras``.
 
@@ -107,6 +110,7 @@ def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arc
     return Attention(64, 32, 8, 2)
 
 
+@choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)
 def attention_backward_queries(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Attention:
     """Tiles of the dQ kernel: q, dout and dq stay for all keys, two score-sized tiles live at once."""
     if arch.kind == "interpreter":
@@ -120,6 +124,7 @@ def attention_backward_queries(head_dim: int, dtype: torch.dtype, extras: bool, 
     return Attention(128, 16, 8, 1)
 
 
+@choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)
 def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Attention:
     """Tiles of the dK/dV kernel (``block_n`` keys stay, ``block_m`` rows a step): two accumulators of block_n x head_dim.
 
@@ -141,6 +146,7 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
     return Attention(32, 32, 8, 1)
 
 
+@choice(head_dim=HEAD_DIMS, dtype=DTYPES)
 def attention_mask_gradient(head_dim: int, dtype: torch.dtype, arch: Arch) -> Attention:
     """Tiles of the mask's gradient: the sum of dS (block_m x block_n) stays, operands are loaded anew each step."""
     if arch.kind == "interpreter":
@@ -150,12 +156,43 @@ def attention_mask_gradient(head_dim: int, dtype: torch.dtype, arch: Arch) -> At
     return Attention(64, 64, 4, 1)
 
 
-def norm_forward(columns: int) -> Norm:
+def _attention_tiles(
+    head_dim: int, dtype: torch.dtype, arch: Arch, tiles: tuple[tuple[int, int], ...], steps_over_keys: bool
+) -> Iterator[Attention]:
+    """Candidates of ``tiles`` (block_m, block_n) with 4 and 8 warps and up to 3 stages, where shared memory takes them."""
+    for (block_m, block_n), warps, stages in itertools.product(tiles, (4, 8), (1, 2, 3)):
+        stays, moves = (block_m, block_n) if steps_over_keys else (block_n, block_m)
+        # Two operands of head_dim stay (q and dout, or k and v), two are loaded per stage.
+        if (2 * stays + 2 * stages * moves) * head_dim * dtype.itemsize <= arch.shared:
+            yield Attention(block_m, block_n, warps, stages)
+
+
+@attention_forward.candidates
+def _forward_tiles(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Iterator[Attention]:
+    tiles = ((32, 32), (64, 32)) if dtype == torch.float32 else ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128))
+    yield from _attention_tiles(head_dim, dtype, arch, tiles, True)
+
+
+@attention_backward_queries.candidates
+def _queries_tiles(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Iterator[Attention]:
+    tiles = ((32, 32), (64, 32)) if dtype == torch.float32 else ((64, 32), (64, 64), (128, 16), (128, 32), (128, 64))
+    yield from _attention_tiles(head_dim, dtype, arch, tiles, True)
+
+
+@attention_backward_keys.candidates
+def _keys_tiles(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Iterator[Attention]:
+    tiles = ((32, 32), (32, 64)) if dtype == torch.float32 else ((16, 128), (32, 64), (32, 128), (64, 64), (64, 128))
+    yield from _attention_tiles(head_dim, dtype, arch, tiles, False)
+
+
+@choice(columns=NORM_COLUMNS)
+def norm_forward(columns: int, arch: Arch) -> Norm:
     """A row in registers up to 16384 columns (32 floats a thread at 16 warps), several short rows a program; else looped."""
     return _norm(columns, single=16384, looped=4096)
 
 
-def norm_backward(columns: int) -> Norm:
+@choice(columns=NORM_COLUMNS)
+def norm_backward(columns: int, arch: Arch) -> Norm:
     """As forward, but dy, xhat, the weight and two gradient accumulators live at once: half the columns."""
     return _norm(columns, single=8192, looped=4096)
 
@@ -170,7 +207,28 @@ def _norm(columns: int, single: int, looped: int) -> Norm:
     return Norm(rows, block, min(16, max(4, rows * block // 1024)))
 
 
-def column_sum(columns: int) -> ColumnSum:
+@norm_forward.candidates
+def _norm_forward_tiles(columns: int, arch: Arch) -> Iterator[Norm]:
+    yield from _norm_tiles(columns)
+
+
+@norm_backward.candidates
+def _norm_backward_tiles(columns: int, arch: Arch) -> Iterator[Norm]:
+    yield from _norm_tiles(columns)
+
+
+def _norm_tiles(columns: int) -> Iterator[Norm]:
+    """Whole rows of 1024 to 8192 elements a program with 4 to 16 warps, and the looped kernels for rows of 8192 and more."""
+    for elements, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
+        if columns <= elements:
+            yield Norm(elements // columns, columns, warps)
+    if 8192 <= columns <= 32768:
+        yield from (Norm(1, columns, warps) for warps in (8, 16, 32))
+        yield from (Norm(1, block, warps) for block in (2048, 4096) for warps in (4, 8, 16))
+
+
+@choice()
+def column_sum(arch: Arch) -> ColumnSum:
     return ColumnSum(32, 128, 4)
 
 
@@ -179,6 +237,7 @@ def row_chunks(rows: int, block: int) -> int:
     return max(1, min(256, -(-rows // (4 * block))))
 
 
+@choice(gated=BOTH, dtype=DTYPES)
 def ffn_forward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
     """Two accumulators of block_m x block_n when gated, which halves block_n."""
     if arch.kind == "interpreter":
@@ -188,6 +247,7 @@ def ffn_forward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
     return Matmul(128, 64 if gated else 128, 64 if arch.number >= 90 else 32, 8, 3)
 
 
+@choice(gated=BOTH, dtype=DTYPES)
 def ffn_backward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
     """One accumulator, but the epilogue holds pre, gate, dropout factors and two results of block_m x block_n."""
     if arch.kind == "interpreter":

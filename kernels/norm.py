@@ -262,7 +262,7 @@ def norm_forward(
     mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
     if rows == 0 or columns == 0:
         return y, h, mean, rstd.fill_(float("nan")) if columns == 0 else rstd
-    config = configs.norm_forward(columns)
+    config = configs.norm_forward(columns, configs.arch_of(x))
     kernel = norm_forward_kernel if config.columns >= columns else norm_forward_looped_kernel
     kernel[(triton.cdiv(rows, config.rows),)](
         x=_rows(x),
@@ -311,7 +311,8 @@ def norm_backward(
         sums = [h.new_zeros(columns, dtype=parameter_dtype) if wanted else nothing for _, wanted in parameters]
         return dh_total, dx, sums[0], sums[1]
 
-    config = configs.norm_backward(columns)
+    arch = configs.arch_of(h)
+    config = configs.norm_backward(columns, arch)
     chunks = configs.row_chunks(rows, config.rows)
     partial = {
         name: h.new_empty(chunks, columns, dtype=torch.float32) if wanted else None for name, wanted in parameters
@@ -338,7 +339,7 @@ def norm_backward(
             **common, **row_gradient, ROWS=config.rows, BLOCK=config.columns
         )
         if weight_grad or bias_grad:
-            block = configs.column_sum(columns)
+            block = configs.column_sum(arch)
             norm_columns_kernel[(chunks, triton.cdiv(columns, block.block_n))](
                 **common, **partial, chunk=chunk, ROWS=block.block_m, BLOCK=block.block_n
             )
