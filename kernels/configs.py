@@ -69,10 +69,11 @@ def arch_of(tensor: torch.Tensor) -> Arch:
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: float32 follows ``torch.get_float32_matmul_precision()`` as cuBLAS does."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    """``input_precision`` of ``tl.dot``: float32 follows ``torch.set_float32_matmul_precision()`` as cuBLAS does.
+
+    ``torch.get_float32_matmul_precision()`` would raise where somebody has set the precision of one backend.
+    """
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def next_power_of_2(n: int) -> int:

@@ -20,6 +20,8 @@ NAMESPACES = {
     "avx512_bf16": "avx512_bf16",
     "amx": "amx",
     "amx_emulated": "avx512_bf16",
+    "amx_reduced": "amx",
+    "amx_emulated_reduced": "avx512_bf16",
 }
 #: An extension that no level has: flagged wherever it is.
 NEVER = "unknown"

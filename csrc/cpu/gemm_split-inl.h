@@ -4,6 +4,7 @@
 // A number is held as a sum of bfloat16 parts, each the rounding of what the parts before it leave:
 //   three parts hold a float32 exactly    x = h + m + l    x·y = hh + hm + mh + mm + hl + lh,  |dropped| <= 2^-24 |x·y|
 //   two parts hold a float16 exactly      x = h + l        x·y = hh + hl + lh,                 |dropped| <= 2^-16 |x·y|
+//   and a float32 to 2^-17 of it: half the products, what torch.set_float32_matmul_precision() calls "high"
 // The small products are summed first. Parts below 2^-126 are flushed to zero by the tile unit.
 //
 // No part is infinite where x is finite (the first is clamped to bfloat16's largest), and an inf or NaN leaves a NaN or
@@ -16,9 +17,15 @@
 template <int Parts>
 struct SplitFloat {};
 
+#if defined(FASTATTN_TARGET_REDUCED_PRECISION)
+constexpr int kFloat32Parts = 2;
+#else
+constexpr int kFloat32Parts = 3;
+#endif
+
 template <>
 struct GemmOperandOf<float> {
-  using type = SplitFloat<3>;
+  using type = SplitFloat<kFloat32Parts>;
 };
 template <>
 struct GemmOperandOf<Half> {

@@ -2,13 +2,13 @@
 
 namespace fastattn {
 
-const KernelTable& kernels_for(Isa isa) {
+const KernelTable& kernels_for(Isa isa, bool reduced_precision) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAmxEmulated:
-      return amx_emulated::kTable;
+      return reduced_precision ? amx_emulated_reduced::kTable : amx_emulated::kTable;
     case Isa::kAmx:
-      return amx::kTable;
+      return reduced_precision ? amx_reduced::kTable : amx::kTable;
     case Isa::kAvx512Bf16:
       return avx512_bf16::kTable;
     case Isa::kAvx512:
@@ -21,6 +21,6 @@ const KernelTable& kernels_for(Isa isa) {
   }
 }
 
-const KernelTable& kernels() { return kernels_for(current_isa()); }
+const KernelTable& kernels(bool reduced_precision) { return kernels_for(current_isa(), reduced_precision); }
 
 }  // namespace fastattn

@@ -35,8 +35,10 @@ struct KernelTable {
 };
 
 // The table of the ISA in force, and of a given one (compiled in for every x86-64 build; call only if isa_available()).
-const KernelTable& kernels();
-FASTATTN_API const KernelTable& kernels_for(Isa isa);
+// The one of reduced precision is for float32 alone: its products may have relative errors of 2^-16 a term, where that
+// is faster (AMX; elsewhere it is the ordinary table).
+const KernelTable& kernels(bool reduced_precision = false);
+FASTATTN_API const KernelTable& kernels_for(Isa isa, bool reduced_precision = false);
 
 namespace scalar {
 extern const KernelTable kTable;
@@ -54,6 +56,12 @@ namespace amx {
 extern const KernelTable kTable;
 }
 namespace amx_emulated {
+extern const KernelTable kTable;
+}
+namespace amx_reduced {
+extern const KernelTable kTable;
+}
+namespace amx_emulated_reduced {
 extern const KernelTable kTable;
 }
 

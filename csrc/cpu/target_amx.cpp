@@ -20,6 +20,12 @@ namespace fastattn {
 namespace amx {
 #include "cpu/table-inl.h"
 }  // namespace amx
+
+// float32 in two parts instead of three (gemm_split-inl.h).
+#define FASTATTN_TARGET_REDUCED_PRECISION 1
+namespace amx_reduced {
+#include "cpu/table-inl.h"
+}  // namespace amx_reduced
 }  // namespace fastattn
 
 #if defined(__clang__)

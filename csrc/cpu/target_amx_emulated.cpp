@@ -20,6 +20,12 @@ namespace fastattn {
 namespace amx_emulated {
 #include "cpu/table-inl.h"
 }  // namespace amx_emulated
+
+// float32 in two parts instead of three (gemm_split-inl.h).
+#define FASTATTN_TARGET_REDUCED_PRECISION 1
+namespace amx_emulated_reduced {
+#include "cpu/table-inl.h"
+}  // namespace amx_emulated_reduced
 }  // namespace fastattn
 
 #if defined(__clang__)

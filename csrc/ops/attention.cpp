@@ -231,9 +231,10 @@ bool narrow(AttentionParams* p, const Is& is) {
 // The sequences of few rows, which `decodes` names: parts of their keys into p.partial, records of `size` values, then
 // rows from these.
 template <class Params, class F, class Decodes>
-void run_decode(Params p, ScalarType accumulation, int64_t size, const F& kernel, const Decodes& decodes) {
+void run_decode(const KernelTable& table, Params p, ScalarType accumulation, int64_t size, const F& kernel,
+                const Decodes& decodes) {
   if (!narrow(&p, decodes)) return;
-  const int64_t part = kernels().attention_decode_keys, parts = std::max<int64_t>(1, blocks_of(p.keys, part));
+  const int64_t part = table.attention_decode_keys, parts = std::max<int64_t>(1, blocks_of(p.keys, part));
   const Tensor partial = empty({p.batch * p.heads * p.rows, parts, size}, accumulation);
   p.partial = partial.mutable_data_ptr();
   if (p.partial == nullptr) return;
@@ -249,7 +250,7 @@ void run_decode(Params p, ScalarType accumulation, int64_t size, const F& kernel
 }
 
 // out, and p.lse and p.statistics where these are wanted; q_in has the memory order that out shall have.
-Tensor run_forward(AttentionParams& p, const Tensor& q, const Tensor& q_in) {
+Tensor run_forward(const KernelTable& table, AttentionParams& p, const Tensor& q, const Tensor& q_in) {
   const int64_t batch = q.size(0), rows = q.size(2);
   Tensor out = empty_in_order_of(q_in, p.head_dim_v);
   p.out = out.mutable_data_ptr();
@@ -264,10 +265,9 @@ Tensor run_forward(AttentionParams& p, const Tensor& q, const Tensor& q_in) {
     }
   }
 
-  const KernelTable& table = kernels();
   const auto decodes = [few = p.dropout.threshold == 0](const Sequence& own) { return few && own.rows <= kDecodeRows; };
   const auto by_blocks = [&](const Sequence& own) { return !decodes(own); };
-  run_decode(p, accumulation_type(q.scalar_type()), p.head_dim_v + 2, table.attention_forward, decodes);
+  run_decode(table, p, accumulation_type(q.scalar_type()), p.head_dim_v + 2, table.attention_forward, decodes);
   if (!narrow(&p, by_blocks)) return out;
   const int64_t queries = table.attention_queries;
   const Items blocks =
@@ -282,11 +282,11 @@ Tensor attention_inference(const Tensor& q_in, const Tensor& k_in, const Tensor&
                            const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
                            int64_t window_left, int64_t window_right, int64_t diagonal, double softcap,
                            double dropout_p, const OptionalTensor& rng_state, const OptionalTensor& sequences,
-                           const OptionalTensor& block_table) {
+                           const OptionalTensor& block_table, bool reduced_precision) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table);
   set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
-  return run_forward(p, q, q_in);
+  return run_forward(kernels_of(q, reduced_precision), p, q, q_in);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
@@ -295,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q_in, const T
                                                      double softmax_scale, int64_t window_left, int64_t window_right,
                                                      int64_t diagonal, double softcap, double dropout_p,
                                                      const OptionalTensor& rng_state, const OptionalTensor& sequences,
-                                                     const OptionalTensor& block_table) {
+                                                     const OptionalTensor& block_table, bool reduced_precision) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table);
   set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
@@ -305,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q_in, const T
   const Tensor statistics = keeps ? empty({2, q.size(0), p.heads, q.size(2)}, wide) : empty({0}, wide);
   p.lse = lse.mutable_data_ptr();
   if (keeps) p.statistics = statistics.mutable_data_ptr(), p.statistics_stride = lse.numel();
-  const Tensor out = run_forward(p, q, q_in);
+  const Tensor out = run_forward(kernels_of(q, reduced_precision), p, q, q_in);
   return {out, lse, statistics};
 }
 
@@ -317,7 +317,7 @@ double time_of(int64_t items, int64_t threads) {
 }
 
 // Whether (b, kv head) items, at five products a block, take no longer than the two finer stages, at three and four.
-bool heads_fill_threads(const AttentionParams& p) {
+bool heads_fill_threads(const KernelTable& table, const AttentionParams& p) {
   const int64_t heads = p.batch * p.heads_kv, threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   if (p.sequences != nullptr && threads > 1) {
     double total = 0, largest = 0;
@@ -327,14 +327,12 @@ bool heads_fill_threads(const AttentionParams& p) {
     }
     return 5 * (total + threads * largest) <= 7 * total;
   }
-  const KernelTable& table = kernels();
   const int64_t query_items = p.batch * p.heads * blocks_of(p.rows, table.attention_queries);
   const int64_t key_items = heads * blocks_of(p.keys, table.attention_keys);
   return 5 * time_of(heads, threads) <= 3 * time_of(query_items, threads) + 4 * time_of(key_items, threads);
 }
 
-void run_stage(AttentionBackwardParams p, AttentionStage stage, int64_t items) {
-  const KernelTable& table = kernels();
+void run_stage(const KernelTable& table, AttentionBackwardParams p, AttentionStage stage, int64_t items) {
   p.stage = stage;
   if (stage != AttentionStage::kFinish) p.slope_rows = p.delta = nullptr;
   parallel_chunks(items, 1, [&](Range range) { table.attention_backward(p, range); });
@@ -343,10 +341,9 @@ void run_stage(AttentionBackwardParams p, AttentionStage stage, int64_t items) {
 // The sequences that `takes` names, whole heads at a time, or dq and the row sums by query blocks, then dk and dv by
 // key blocks.
 template <class Takes>
-void run_by_blocks(AttentionBackwardParams p, const Takes& takes) {
-  const KernelTable& table = kernels();
+void run_by_blocks(const KernelTable& table, AttentionBackwardParams p, const Takes& takes) {
   if (!narrow(&p, takes)) return;
-  if (heads_fill_threads(p)) {
+  if (heads_fill_threads(table, p)) {
     const auto scores = [](const Sequence& own) { return own.rows * own.keys; };
     p.stage = AttentionStage::kAll;
     const Items heads = items_of(p, [&](const Sequence& own) { return takes(own) ? 1 : 0; }, scores);
@@ -398,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& out_in, const Tensor& lse_in, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
     double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
-    bool sinks_grad, const OptionalTensor& sequences, const OptionalTensor& statistics_in) {
+    bool sinks_grad, const OptionalTensor& sequences, const OptionalTensor& statistics_in, bool reduced_precision) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const Tensor dout = unit_last_stride(dout_in), out = unit_last_stride(out_in);
   const Tensor lse = torch::stable::contiguous(lse_in);
@@ -437,12 +434,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (sinks_grad) p.delta = delta.mutable_data_ptr();
   if (slopes_grad) p.slope_rows = slope_rows.mutable_data_ptr();
 
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels_of(q, reduced_precision);
   // Too few rows of a kv head to be lanes.
   const int64_t most = p.dropout.threshold == 0 && p.heads > 0 ? kDecodeRows * p.heads_kv / p.heads : 0;
   const auto decodes = [&](const Sequence& own) { return own.rows > 0 && own.keys > 0 && own.rows <= most; };
-  run_decode(p, accumulation, p.head_dim + 1, table.attention_backward, decodes);
-  run_by_blocks(p, [&](const Sequence& own) { return !decodes(own); });
+  run_decode(table, p, accumulation, p.head_dim + 1, table.attention_backward, decodes);
+  run_by_blocks(table, p, [&](const Sequence& own) { return !decodes(own); });
 
   Tensor dmask = none(q), dslopes = none(q), dsinks = none(q);
   if (mask_grad) {
@@ -450,7 +447,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     for (int i = 0; i < 4; ++i) extent[i] = attn_mask->size(i);
     dmask = empty({extent[0], extent[1], extent[2], extent[3]}, attn_mask->scalar_type());
     p.dmask = dmask.mutable_data_ptr();
-    run_stage(p, AttentionStage::kMask,
+    run_stage(table, p, AttentionStage::kMask,
               extent[0] * extent[1] * blocks_of(extent[2], table.attention_queries) *
                   blocks_of(extent[3], table.attention_keys));
   }
@@ -463,7 +460,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     dsinks = empty({p.heads}, accumulation);
     p.dsinks = dsinks.mutable_data_ptr();
   }
-  if (slopes_grad || sinks_grad) run_stage(p, AttentionStage::kFinish, p.heads);
+  if (slopes_grad || sinks_grad) run_stage(table, p, AttentionStage::kFinish, p.heads);
   return {dq, dk, dv, dmask, dslopes, dsinks};
 }
 

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_
                                                const OptionalTensor& w_gate, const OptionalTensor& b_gate,
                                                const Tensor& w_out, const OptionalTensor& b_out,
                                                const OptionalTensor& residual, int64_t activation, double dropout_p,
-                                               const OptionalTensor& rng_state, bool save_pre) {
+                                               const OptionalTensor& rng_state, bool save_pre, bool reduced_precision) {
   const Sizes s = check(x, w_in, w_gate, w_out, activation);
   const ScalarType type = x.scalar_type();
   check_bias(b_in, s.F, type, "ffn"), check_bias(b_gate, s.F, type, "ffn"), check_bias(b_out, s.O, type, "ffn");
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_
   const Tensor pre = save_pre ? empty({s.M, s.F}, type) : none(x);
   const Tensor gate = save_pre && s.gated ? empty({s.M, s.F}, type) : none(x);
 
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels_of(x, reduced_precision);
   const DType dtype = dtype_of(x);
   LinearParams hidden = make_linear(dtype, s.M, s.F, s.K, Epilogue::kActivation);
   hidden.product[0] = {x.const_data_ptr(), w_in.const_data_ptr(), s.K, s.K, false, true, nullptr};
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& dout, const Tensor& x, const Tensor& w_in, const OptionalTensor& w_gate, const Tensor& w_out,
     const Tensor& pre, const Tensor& gate, int64_t activation, double dropout_p, const OptionalTensor& rng_state,
-    bool x_grad, bool weight_grad, bool bias_grad) {
+    bool x_grad, bool weight_grad, bool bias_grad, bool reduced_precision) {
   const Sizes s = check(x, w_in, w_gate, w_out, activation);
   const ScalarType type = x.scalar_type(), sums_type = accumulation_type(type);
   check_matrix(dout, type, "ffn: dout is not a contiguous matrix of x's dtype");
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   const Tensor db_gate = bias_grad && s.gated ? empty({s.F}, type) : none(x);
   const Tensor db_out = bias_grad ? empty({s.O}, type) : none(x);
 
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels_of(x, reduced_precision);
   const DType dtype = dtype_of(x), sums_dtype = sums_type == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
   LinearParams inner = make_linear(dtype, s.M, s.F, s.O, Epilogue::kActivationGrad);
   inner.product[0] = {dout.const_data_ptr(), w_out.const_data_ptr(), s.O, s.F, false, false, nullptr};

@@ -94,8 +94,8 @@ void check_residual(const OptionalTensor& residual, int64_t M, int64_t N, Scalar
                  op, ": residual is not a contiguous matrix of the output's shape and dtype");
 }
 
-Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& residual) {
+Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                      bool reduced_precision) {
   const ScalarType type = x.scalar_type();
   check_matrix(x, type, "linear: x is not a contiguous matrix");
   check_matrix(weight, type, "linear: weight is not a contiguous matrix of x's dtype");
@@ -105,7 +105,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   check_residual(residual, M, N, type, "linear");
   const Tensor y = empty({M, N}, type);
 
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels_of(x, reduced_precision);
   LinearParams p = make_linear(dtype_of(x), M, N, K, Epilogue::kStore);
   p.product[0] = {x.const_data_ptr(), weight.const_data_ptr(), K, K, false, true, nullptr};
   p.bias[0] = data_or_null(bias);
@@ -118,7 +118,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, bool x_grad,
-                                                   bool weight_grad, bool bias_grad) {
+                                                   bool weight_grad, bool bias_grad, bool reduced_precision) {
   const ScalarType type = x.scalar_type();
   check_matrix(dy, type, "linear: dy is not a contiguous matrix of x's dtype");
   check_matrix(x, type, "linear: x is not a contiguous matrix");
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
   const Tensor dweight = weight_grad ? empty({N, K}, type) : none(x);
   const Tensor dbias = bias_grad ? empty({N}, type) : none(x);
 
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels_of(x, reduced_precision);
   const DType dtype = dtype_of(x);
   LinearParams to_x = make_linear(dtype, M, K, N, Epilogue::kStore);
   to_x.product[0] = {dy.const_data_ptr(), weight.const_data_ptr(), N, K, false, false, nullptr};

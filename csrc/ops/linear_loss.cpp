@@ -77,8 +77,9 @@ constexpr int64_t kLeastChunk = 3 * kRowBlock;
 class LinearLoss {
  public:
   // `loss` is of all tokens.
-  LinearLoss(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const CrossEntropyParams& loss)
-      : table_(kernels()),
+  LinearLoss(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const CrossEntropyParams& loss,
+             bool reduced_precision)
+      : table_(kernels_of(x, reduced_precision)),
         loss_(loss),
         rows_(x.size(0)),
         width_(x.size(1)),
@@ -297,7 +298,7 @@ void LinearLoss::add_to_weight(const LinearLossParams& strip) const {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& target, int64_t ignore_index,
     double label_smoothing, double softcap, double z_loss, int64_t reduction, bool x_grad, bool weight_grad,
-    bool bias_grad) {
+    bool bias_grad, bool reduced_precision) {
   check_linear(x, weight, bias);
   FASTATTN_CHECK(reduction != kNone || !(x_grad || weight_grad || bias_grad),
                  "linear_cross_entropy: gradients in the forward pass need a reduction");
@@ -313,18 +314,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
   const bool wanted = x_grad || weight_grad || bias_grad;
   const double scale = wanted ? split_upstream(p, nullptr, row_grad, reduction) : 1;
   p.row_grad = row_grad.const_data_ptr();
-  LinearLoss linear(x, weight, bias, p);
+  LinearLoss linear(x, weight, bias, p, reduced_precision);
   linear.want(gradients, scale);
   linear.forward_and_backward();
   return {reduced(p, row_loss, reduction, total), statistics, gradients.dx, gradients.dweight, gradients.dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, const Tensor& x,
-                                                                 const Tensor& weight, const OptionalTensor& bias,
-                                                                 const Tensor& target, const Tensor& statistics,
-                                                                 int64_t ignore_index, double label_smoothing,
-                                                                 double softcap, double z_loss, int64_t reduction,
-                                                                 bool x_grad, bool weight_grad, bool bias_grad) {
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    const Tensor& dloss, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
+    const Tensor& statistics, int64_t ignore_index, double label_smoothing, double softcap, double z_loss,
+    int64_t reduction, bool x_grad, bool weight_grad, bool bias_grad, bool reduced_precision) {
   check_linear(x, weight, bias);
   const ScalarType type = x.scalar_type(), wide = accumulation_type(type);
   const LossOptions options = {ignore_index, label_smoothing, softcap, z_loss, reduction};
@@ -336,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
   const Tensor row_grad = empty({p.rows}, wide);
   const double scale = split_upstream(p, &dloss, row_grad, reduction);
   p.row_grad = row_grad.const_data_ptr();
-  LinearLoss linear(x, weight, bias, p);
+  LinearLoss linear(x, weight, bias, p, reduced_precision);
   linear.want(gradients, scale);
   linear.backward();
   return {gradients.dx, gradients.dweight, gradients.dbias};

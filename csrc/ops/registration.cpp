@@ -23,33 +23,33 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
                                                      double softmax_scale, int64_t window_left, int64_t window_right,
                                                      int64_t diagonal, double softcap, double dropout_p,
                                                      const OptionalTensor& rng_state, const OptionalTensor& sequences,
-                                                     const OptionalTensor& block_table);
+                                                     const OptionalTensor& block_table, bool reduced_precision);
 Tensor attention_inference(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& attn_mask,
                            const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
                            int64_t window_left, int64_t window_right, int64_t diagonal, double softcap,
                            double dropout_p, const OptionalTensor& rng_state, const OptionalTensor& sequences,
-                           const OptionalTensor& block_table);
+                           const OptionalTensor& block_table, bool reduced_precision);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
     double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
-    bool sinks_grad, const OptionalTensor& sequences, const OptionalTensor& statistics);
+    bool sinks_grad, const OptionalTensor& sequences, const OptionalTensor& statistics, bool reduced_precision);
 
-Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& residual);
+Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                      bool reduced_precision);
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, bool x_grad,
-                                                   bool weight_grad, bool bias_grad);
+                                                   bool weight_grad, bool bias_grad, bool reduced_precision);
 
 std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in,
                                                const OptionalTensor& w_gate, const OptionalTensor& b_gate,
                                                const Tensor& w_out, const OptionalTensor& b_out,
                                                const OptionalTensor& residual, int64_t activation, double dropout_p,
-                                               const OptionalTensor& rng_state, bool save_pre);
+                                               const OptionalTensor& rng_state, bool save_pre, bool reduced_precision);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& dout, const Tensor& x, const Tensor& w_in, const OptionalTensor& w_gate, const Tensor& w_out,
     const Tensor& pre, const Tensor& gate, int64_t activation, double dropout_p, const OptionalTensor& rng_state,
-    bool x_grad, bool weight_grad, bool bias_grad);
+    bool x_grad, bool weight_grad, bool bias_grad, bool reduced_precision);
 
 std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
                                                  const OptionalTensor& class_weight, int64_t ignore_index,
@@ -61,13 +61,11 @@ Tensor cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& target, int64_t ignore_index,
     double label_smoothing, double softcap, double z_loss, int64_t reduction, bool x_grad, bool weight_grad,
-    bool bias_grad);
-std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& dloss, const Tensor& x,
-                                                                 const Tensor& weight, const OptionalTensor& bias,
-                                                                 const Tensor& target, const Tensor& statistics,
-                                                                 int64_t ignore_index, double label_smoothing,
-                                                                 double softcap, double z_loss, int64_t reduction,
-                                                                 bool x_grad, bool weight_grad, bool bias_grad);
+    bool bias_grad, bool reduced_precision);
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    const Tensor& dloss, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
+    const Tensor& statistics, int64_t ignore_index, double label_smoothing, double softcap, double z_loss,
+    int64_t reduction, bool x_grad, bool weight_grad, bool bias_grad, bool reduced_precision);
 }  // namespace fastattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {

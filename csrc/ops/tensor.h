@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "cpu/kernel_table.h"
 #include "cpu/params.h"
 
 namespace fastattn {
@@ -26,6 +27,11 @@ using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& x);
 ScalarType accumulation_type(ScalarType type);  // float64 for float64, else float32
+
+// What computes products of x's dtype; reduced_precision is that of SCHEMAS.
+inline const KernelTable& kernels_of(const Tensor& x, bool reduced_precision) {
+  return kernels(reduced_precision && x.scalar_type() == ScalarType::Float);
+}
 
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type);  // CPU
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {

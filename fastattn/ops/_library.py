@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -264,6 +265,14 @@ FAKES: dict[str, Callable[..., object]] = {
     "linear_cross_entropy_backward": _fake_linear_cross_entropy_backward,
 }
 
+#: Operators whose C++ form takes a keyword more, reduced_precision: whether products of float32 may have relative errors of
+#: 2^-16 a term where that is faster (csrc/cpu/gemm_split-inl.h). Triton's launchers look at torch's setting themselves.
+PRODUCTS = frozenset(
+    f"{op}_{direction}"
+    for op in ("attention", "linear", "ffn", "linear_cross_entropy")
+    for direction in ("forward", "backward", "inference")
+)
+
 #: Operators that Triton implements, and the module of kernels/ that holds the launcher of the same name.
 TRITON_OPS = {
     "attention_forward": "attention",
@@ -280,8 +289,32 @@ load_errors: dict[str, str] = {}
 
 
 def _define(name: str, op: str) -> None:
-    _library.define(name + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fastattn::{name}", FAKES[op], lib=_library)
+    schema, fake = SCHEMAS[op], FAKES[op]
+    if name in PRODUCTS:
+        schema = schema.replace(") -> ", ", *, bool reduced_precision=False) -> ")
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"fastattn::{name}", lambda *args, reduced_precision=False: fake(*args), lib=_library)
+
+
+def _reduced_precision() -> bool:
+    return _float32_precision("mkldnn", "matmul") in ("tf32", "bf16")
+
+
+# ``torch.backends.mkldnn.matmul.fp32_precision``, in a tenth of the 0.8 µs that its Python takes. (get_float32_matmul_precision()
+# raises where somebody has set that of one backend.)
+_float32_precision = torch._C._get_fp32_precision_getter
+# What torch.compiler.assume_constant_result does, which imports the compiler: a graph keeps the setting of its tracing.
+_reduced_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def products(op: str) -> Callable[..., Any]:
+    """The operator of PRODUCTS, told what ``torch.set_float32_matmul_precision()`` says now."""
+    operator = getattr(torch.ops.fastattn, op).default
+
+    def call(*args: object) -> Any:
+        return operator(*args, reduced_precision=True) if _reduced_precision() else operator(*args)
+
+    return call
 
 
 def _triton_stub(op: str, module: str) -> Callable[..., object]:

@@ -22,6 +22,7 @@ from fastattn.ops._derivatives import (
     records,
     wants_gradient,
 )
+from fastattn.ops._library import products
 from fastattn.ops._select import choose, cpu_in_short, triton_dtype
 from fastattn.reference.attention import masked_attention
 from fastattn.reference.precision import accumulation_dtype
@@ -45,10 +46,10 @@ class _Options(NamedTuple):
     dropout_p: float
 
 
-_forward = torch.ops.fastattn.attention_forward.default
-_inference = torch.ops.fastattn.attention_inference.default
+_forward = products("attention_forward")
+_inference = products("attention_inference")
 _triton_forward = torch.ops.fastattn.triton_attention_forward.default
-_backward = torch.ops.fastattn.attention_backward.default
+_backward = products("attention_backward")
 _triton_backward = torch.ops.fastattn.triton_attention_backward.default
 
 

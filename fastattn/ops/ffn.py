@@ -21,6 +21,7 @@ from fastattn.ops._derivatives import (
     records,
     wants_gradient,
 )
+from fastattn.ops._library import products
 from fastattn.ops._select import choose, cpu_in_short, triton_dtype
 from fastattn.reference.ffn import ACTIVATIONS, GATED_ACTIVATIONS, ffn_rows
 
@@ -32,9 +33,10 @@ class _Options(NamedTuple):
     dropout_p: float
 
 
-_forward = torch.ops.fastattn.ffn_forward.default
+_linear = products("linear_forward")
+_forward = products("ffn_forward")
 _triton_forward = torch.ops.fastattn.triton_ffn_forward.default
-_backward = torch.ops.fastattn.ffn_backward.default
+_backward = products("ffn_backward")
 _triton_backward = torch.ops.fastattn.triton_ffn_backward.default
 
 
@@ -59,8 +61,7 @@ def _preactivations(
     if triton:
         _, pre, gate = _triton_forward(x, w_in, b_in, w_gate, b_gate, w_out, b_out, None, 0, 0.0, None, True)
         return pre, gate
-    linear = torch.ops.fastattn.linear_forward.default
-    return linear(x, w_in, b_in, None), x.new_empty(0) if w_gate is None else linear(x, w_gate, b_gate, None)
+    return _linear(x, w_in, b_in, None), x.new_empty(0) if w_gate is None else _linear(x, w_gate, b_gate, None)
 
 
 class _FFN(torch.autograd.Function):

@@ -18,13 +18,14 @@ from fastattn.ops._derivatives import (
     records,
     wants_gradient,
 )
+from fastattn.ops._library import products
 from fastattn.ops._select import choose, cpu_in_short
 from fastattn.reference.linear import linear as reference_linear
 
 __all__ = ["linear"]
 
-_forward = torch.ops.fastattn.linear_forward.default
-_backward = torch.ops.fastattn.linear_backward.default
+_forward = products("linear_forward")
+_backward = products("linear_backward")
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor]:

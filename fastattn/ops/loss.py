@@ -15,11 +15,15 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import apply, forward_mode, pullback_of_gradient, pushforward, wants_gradient
+from fastattn.ops._library import products
 from fastattn.ops._select import choose
 from fastattn.reference.loss import REDUCTIONS
 from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
+
+_linear_forward = products("linear_cross_entropy_forward")
+_linear_backward = products("linear_cross_entropy_backward")
 
 
 class _Options(NamedTuple):
@@ -107,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.fastattn.linear_cross_entropy_forward(*args)
+        return _linear_forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -158,9 +162,7 @@ class _LinearCrossEntropyGradient(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         dloss, x, weight, bias, target, statistics, *made, ready = args[:10]
         if not ready:
-            return torch.ops.fastattn.linear_cross_entropy_backward(
-                dloss.contiguous(), x, weight, bias, target, statistics, *args[10:]
-            )
+            return _linear_backward(dloss.contiguous(), x, weight, bias, target, statistics, *args[10:])
         return tuple((g * dloss).to(g.dtype) for g in made)
 
     @staticmethod
@@ -289,7 +291,7 @@ def linear_cross_entropy(
         function = _LinearCrossEntropyDual if forward_mode() else _LinearCrossEntropy
         loss = apply(function, *matrices, target.reshape(-1), *options, *wanted)[0]
     else:
-        loss = torch.ops.fastattn.linear_cross_entropy_forward(*matrices, target.reshape(-1), *options, *wanted)[0]
+        loss = _linear_forward(*matrices, target.reshape(-1), *options, *wanted)[0]
     return loss.reshape(shape) if reduction == "none" else loss
 
 
