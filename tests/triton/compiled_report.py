@@ -1,82 +1,107 @@
-"""Compile named cases for one architecture and print each kernel's resources, one JSON line a kernel.
+"""Compile the cases of ``families.py`` for one architecture and print each kernel's resources, one JSON line a kernel.
 
-    python tests/triton/compiled_report.py 90 attention-64 attention-128 norm ffn
+    python tests/triton/compiled_report.py sm_90                         every family
+    python tests/triton/compiled_report.py gfx942 attention norm         some
+    python tests/triton/compiled_report.py sm_90 attention --part 1/4    a quarter of the cases
+    python tests/triton/compiled_report.py sm_90 attention --only head_dim=128 dtype=bfloat16
+    python tests/triton/compiled_report.py sm_80,sm_90 --launches        what would be compiled, in seconds
 
-Each case calls the launchers themselves on small CPU tensors (``compiling.py`` stands in for the driver): what is compiled
-is exactly what they would launch.
+The cases call the public operations on small CPU tensors (``compiling.py`` stands in for the driver): what is compiled is
+exactly what they would launch. ``wrong`` lists what the kernel must not do (see ``faults``).
 """
 
+import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import compiling
+import families
+from compiling import Binary
 
-from fastattn.kernels import attention, ffn, norm
+from fastattn.kernels import choice
+from fastattn.kernels.choice import Arch
 
-_RNG = torch.tensor([20, 5])
-
-
-def _attention(head_dim: int, dtype: torch.dtype = torch.bfloat16, features: tuple[str, ...] = ()) -> None:
-    """Causal, two query heads on one key head: the case with full and edge blocks and the group loop."""
-    q = torch.empty(1, 2, 256, head_dim, dtype=dtype)
-    k = torch.empty(1, 1, 256, head_dim, dtype=dtype)
-    mask = torch.empty(1, 2, 256, 256, dtype=dtype) if "mask" in features else None
-    slopes = torch.empty(1, 2) if "alibi" in features else None
-    options = (mask, slopes, None, 0.1, -1, 0, 0, 30.0 if "softcap" in features else 0.0)
-    dropout = (0.1 if "dropout" in features else 0.0, _RNG)
-    out, lse, _ = attention.attention_forward(q, k, k, *options, *dropout)
-    wanted = ("mask" in features, "alibi" in features, False)
-    attention.attention_backward(out, None, q, k, k, out, lse, *options, *dropout, *wanted)
+#: Rows of the smallest tile that wgmma (one warpgroup) and tcgen05 multiply; below it Triton takes mma.sync.
+_WIDE_ROWS = 64
 
 
-def _norm() -> None:
-    """Layer norm with everything at a register-resident and at a looped length."""
-    for columns in (4096, 32768):
-        x = torch.empty(64, columns, dtype=torch.bfloat16)
-        weight = torch.empty(columns, dtype=torch.bfloat16)
-        y, h, mean, rstd = norm.norm_forward(x, x, weight, weight, 1e-5, False, 0.1, _RNG)
-        norm.norm_backward(y, y, h, weight, mean, rstd, False, 0.1, _RNG, True, True)
+def tensor_core(arch: Arch, rows: int) -> str:
+    """The instruction that products of ``rows`` rows run on."""
+    if arch.kind == "hip":
+        return "MFMA"
+    generation = arch.number // 10
+    if rows < _WIDE_ROWS or generation not in (9, 10):
+        return "HMMA"
+    return {9: "HGMMA", 10: "UTCHMMA"}[generation]
 
 
-def _ffn() -> None:
-    """Plain GELU and SwiGLU with biases and dropout."""
-    x, w, b = torch.zeros(256, 256, dtype=torch.bfloat16), torch.zeros(256, 256, dtype=torch.bfloat16), torch.zeros(256)
-    b = b.bfloat16()
-    for gate, activation in ((None, 1), (w, 3)):
-        b_gate = None if gate is None else b
-        out, pre, gated = ffn.ffn_forward(x, w, b, gate, b_gate, w, b, None, activation, 0.1, _RNG, True)
-        ffn.ffn_backward(out, x, w, gate, w, pre, gated, activation, 0.1, _RNG, True, True, True)
+def faults(arch: Arch, binary: Binary) -> Iterator[str]:
+    """What is wrong with a binary: spills, too much shared memory, products beside the tensor cores' best instruction."""
+    counts = binary.instructions
+    if binary.error:
+        yield f"does not compile: {binary.error[:300]}"
+    if binary.stack or counts.get("LDL") or counts.get("STL"):
+        yield f"spills: {binary.stack} bytes a thread, {counts.get('LDL', 0)} loads, {counts.get('STL', 0)} stores"
+    if binary.shared > arch.shared:
+        yield f"takes {binary.shared} bytes of shared memory, the limit is {arch.shared}"
+    if rows := binary.products.rows:
+        wanted = tensor_core(arch, rows)
+        if not counts.get(wanted):
+            yield f"has no {wanted}: {counts}"
+        if wanted == "HGMMA" and counts["HMMA"]:
+            yield f"multiplies with mma.sync beside wgmma: {counts}"
+    if binary.products.tma and arch.kind == "cuda" and arch.number >= 90 and not counts["UTMALDG"]:
+        yield f"loads descriptors without TMA: {counts}"
 
 
-CASES: dict[str, Callable[[], None]] = {
-    "attention-64": lambda: _attention(64),
-    "attention-128": lambda: _attention(128),
-    "attention-256": lambda: _attention(256),
-    "attention-64-everything": lambda: _attention(64, features=("mask", "dropout", "softcap", "alibi")),
-    "attention-128-everything": lambda: _attention(128, features=("mask", "dropout", "softcap", "alibi")),
-    "attention-float32": lambda: _attention(64, torch.float32),
-    "norm": _norm,
-    "ffn": _ffn,
-}
+def selected(wanted: list[str], only: list[str], part: str) -> list[families.Case]:
+    """The cases of the families ``wanted`` with all of ``only`` ("key=value") in their point; ``part`` "i/n" of them."""
+    index, count = (int(number) for number in part.split("/"))
+    needed = {text.partition("=")[0]: text for text in only}
+    found = [
+        case
+        for case in families.cases(wanted)
+        if all(f"{key}={value}" == needed.get(key, f"{key}={value}") for key, value in case.point.items())
+    ]
+    return found[index - 1 :: count]
 
 
-def main(arch: int | str, cases: list[str]) -> None:
-    for case in cases:
-        for binary in compiling.compiled(arch, CASES[case]):
-            row = {
-                "case": case,
-                "arch": arch,
-                **dataclasses.asdict(binary),
-                "shared_limit": compiling.SHARED_LIMIT[arch],
-            }
-            print(json.dumps(row), flush=True)
+def compiled_rows(arch: Arch, case: families.Case) -> Iterator[dict[str, Any]]:
+    for binary in compiling.compiled(arch, case.call):
+        row = dataclasses.asdict(binary)
+        yield {**row.pop("launch"), **row, "wrong": list(faults(arch, binary))}
+
+
+def launched_rows(arch: Arch, case: families.Case) -> Iterator[dict[str, Any]]:
+    """Each kernel once, and in a row of its own the points of choices that were asked for: ``asked``."""
+    with choice.asking() as asked:
+        launches = compiling.launched(arch, case.call)
+    for launch in {str(launch): launch for launch in launches}.values():
+        yield dataclasses.asdict(launch)
+    yield {"asked": [(chosen.name, chosen.described(point)) for chosen, point, _ in dict.fromkeys(asked)]}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arch", help="sm_80, sm_90, gfx942, ...; several with commas")
+    parser.add_argument("family", nargs="*", help=f"of {', '.join(families.names())}")
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--part", default="1/1")
+    parser.add_argument("--launches", action="store_true", help="what is launched, without compiling it")
+    args = parser.parse_args(argv)
+    rows = launched_rows if args.launches else compiled_rows
+    for arch in map(Arch.of, args.arch.split(",")):
+        for case in selected(args.family, args.only, args.part):
+            start = {"arch": arch.name, "case": case.name, "family": case.family, "point": case.point}
+            for row in rows(arch, case):
+                print(json.dumps({**start, **row}), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1], sys.argv[2:])
+    sys.exit(main(sys.argv[1:]))

@@ -1,58 +1,57 @@
 """Every Triton kernel's shipped configuration, compiled ahead of time for GPUs that are not here.
 
-Nothing may spill, shared memory must fit the architecture, and matrix products must run on tensor cores: HMMA on sm_80,
-HGMMA (wgmma) on sm_90, UTCHMMA (tcgen05) on sm_100. The compiler cannot share a process with the interpreter, nor may it find
-binaries of an earlier run: ``compiled_report.py`` runs in a process of its own with an empty cache and prints one line a kernel.
+Nothing may spill, shared memory must fit the architecture, and matrix products must run on its tensor cores' best instruction
+(``compiled_report.py: faults``). The compiler cannot share a process with the interpreter, nor may it find binaries of an earlier
+run: each test is a process of its own with an empty cache. A spread runs always, everything with the slow tests.
 """
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import families
+import kernel_table
 
-_ROOT = Path(__file__).resolve().parents[2]
-_TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-_PRODUCTS = ("attention_forward", "attention_backward_keys", "attention_backward_queries", "attention_mask", "ffn_")
+_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+#: Cases of one test: one takes up to 15 s on a slow core.
+_CASES = 8
 
-# (architecture, cases of compiled_report.py): the main shapes everywhere, all on sm_90, for which the tiles were chosen.
-_RUNS = [
-    pytest.param(80, ("attention-128", "ffn"), id="sm_80"),
-    pytest.param(90, ("attention-64", "attention-128", "attention-128-everything", "norm", "ffn"), id="sm_90"),
-    pytest.param(100, ("attention-128",), id="sm_100"),
-    pytest.param(80, ("attention-64", "norm"), id="sm_80-rest", marks=pytest.mark.slow),
-    pytest.param(
-        90, ("attention-256", "attention-64-everything", "attention-float32"), id="sm_90-rest", marks=pytest.mark.slow
-    ),
+_SPREAD = [
+    ("sm_80", "attention", "head_dim=128", "dtype=bfloat16"),
+    ("sm_80", "ffn", "dtype=bfloat16"),
+    ("sm_90", "attention", "head_dim=128", "dtype=bfloat16"),
+    ("sm_90", "norm", "columns=4096", "dtype=bfloat16"),
+    ("sm_90", "norm", "columns=32768", "dtype=bfloat16"),
+    ("sm_90", "ffn", "dtype=bfloat16"),
+    ("sm_100", "attention", "head_dim=128", "dtype=bfloat16", "extras=False"),
 ]
 
 
-@pytest.mark.parametrize("arch, cases", _RUNS)
-def test_compiled_kernels_fit(arch: int, cases: tuple[str, ...], tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(_ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("compiled_report.py")), str(arch), *cases]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-4000:]
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) >= len(cases)
-    wrong = []
-    for kernel in kernels:
-        label = f"{kernel['case']} {kernel['name']}"
-        if kernel["stack"]:
-            wrong.append(f"{label} spills {kernel['stack']} bytes a thread")
-        if kernel["shared"] > kernel["shared_limit"]:
-            wrong.append(
-                f"{label} takes {kernel['shared']} bytes of shared memory, the limit is {kernel['shared_limit']}"
-            )
-        wanted = _TENSOR_CORES[arch]
-        if kernel["name"].startswith(_PRODUCTS) and "float32" not in kernel["case"]:
-            # The dK/dV tile of head_dim 256 has 32 keys, under the 64 rows of a wgmma (see configs.attention_backward_keys).
-            wanted = "HMMA" if arch == 90 and label == "attention-256 attention_backward_keys_kernel" else wanted
-            if not kernel["instructions"].get(wanted):
-                wrong.append(f"{label} has no {wanted}: {kernel['instructions']}")
+def _parts() -> list[tuple[str, str, str]]:
+    found = []
+    for family in families.names():
+        count = -(-len(list(families.cases([family]))) // _CASES)
+        found += [(arch, family, f"{i + 1}/{count}") for arch in _ARCHITECTURES for i in range(count)]
+    return found
+
+
+def _check(*arguments: str) -> None:
+    rows = kernel_table.report(*arguments, timeout=900)
+    assert rows
+    wrong = [f"{row['case']} {row['name']} {fault}" for row in rows for fault in row["wrong"]]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("arguments", _SPREAD, ids="-".join)
+def test_a_spread_of_configurations_fits(arguments: tuple[str, ...]) -> None:
+    arch, family, *only = arguments
+    _check(arch, family, "--only", *only)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, family, part", _parts(), ids=lambda value: value.replace("/", "of"))
+def test_every_configuration_fits(arch: str, family: str, part: str) -> None:
+    _check(arch, family, "--part", part)

@@ -1,0 +1,116 @@
+"""Calls that launch every shipped configuration: a family per operation, a case for each point of its grid.
+
+A new kernel is one function here. ``test_configurations.py`` fails while a point of a choice (``kernels/configs.py``) is launched
+by no case.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn.kernels import configs
+from fastattn.kernels.choice import BOTH
+
+#: float32 in both of the ways that torch's matmul precision can ask for.
+PRECISIONS = ("bfloat16", "float32", "tf32")
+_RNG = torch.tensor([20, 5])
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    point: dict[str, Any]
+    call: Callable[[], object] = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.family, *(f"{key}={value}" for key, value in self.point.items())])
+
+
+_FAMILIES: dict[str, tuple[Callable[..., object], dict[str, Sequence[Any]]]] = {}
+
+
+def family(**grid: Sequence[Any]) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Decorator: the function is called with every point of ``grid``."""
+
+    def decorate(function: Callable[..., object]) -> Callable[..., object]:
+        _FAMILIES[function.__name__] = (function, grid)
+        return function
+
+    return decorate
+
+
+def cases(families: Sequence[str] = ()) -> Iterator[Case]:
+    """Every case, or those of ``families``."""
+    for name in families or _FAMILIES:
+        function, grid = _FAMILIES[name]
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
+            yield Case(name, point, _bound(function, point))
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_FAMILIES)
+
+
+def _bound(function: Callable[..., object], point: dict[str, Any]) -> Callable[[], object]:
+    def call() -> object:
+        torch.set_float32_matmul_precision("high" if point.get("dtype") == "tf32" else "highest")
+        return function(**point)
+
+    return call
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+def _empty(*shape: int, dtype: str) -> Tensor:
+    return torch.zeros(shape, dtype=_dtype(dtype)).requires_grad_()
+
+
+def _backward(*outputs: Tensor) -> None:
+    """Every gradient: what the launchers would fill is not there, only that they are called matters."""
+    torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
+
+
+@family(head_dim=configs.HEAD_DIMS, dtype=PRECISIONS, extras=BOTH)
+def attention(head_dim: int, dtype: str, extras: bool) -> None:
+    """Causal, two query heads on one key head: full and edge blocks and the group loop. ``extras``: every other feature."""
+    q, k, v = (_empty(1, heads, 256, head_dim, dtype=dtype) for heads in (2, 1, 1))
+    options: dict[str, Any] = {"causal": True}
+    if extras:
+        options |= {"attn_mask": _empty(1, 2, 256, 256, dtype=dtype), "softcap": 30.0, "dropout_p": 0.1}
+        options |= {"rng_state": _RNG, "alibi_slopes": torch.zeros(2, requires_grad=True)}
+        options |= {"sinks": torch.zeros(2, requires_grad=True), "window_size": (70, 0)}
+    _backward(*fastattn.attention(q, k, v, return_lse=True, implementation="triton", **options))
+
+
+@family(columns=configs.NORM_COLUMNS, dtype=("bfloat16", "float32"), rms=BOTH)
+def norm(columns: int, dtype: str, rms: bool) -> None:
+    """With residual, dropout and the residual's own gradient."""
+    x, residual = (_empty(64, columns, dtype=dtype) for _ in range(2))
+    weight, bias = (_empty(columns, dtype=dtype) for _ in range(2))
+    options = {"residual": residual, "return_residual": True, "dropout_p": 0.1, "rng_state": _RNG}
+    if rms:
+        outputs = fastattn.rms_norm(x, (columns,), weight, implementation="triton", **options)
+    else:
+        outputs = fastattn.layer_norm(x, (columns,), weight, bias, implementation="triton", **options)
+    _backward(*outputs)
+
+
+@family(activation=("gelu", "swiglu"), dtype=PRECISIONS)
+def ffn(activation: str, dtype: str) -> None:
+    """With biases and dropout; the gated form has a matrix more."""
+    x, b = _empty(256, 256, dtype=dtype), _empty(256, dtype=dtype)
+    first, second, third = (_empty(256, 256, dtype=dtype) for _ in range(3))
+    options = {"activation": activation, "dropout_p": 0.1, "rng_state": _RNG, "implementation": "triton"}
+    if activation == "gelu":
+        _backward(fastattn.ffn(x, first, second, b, b, **options))
+    else:
+        _backward(fastattn.glu_ffn(x, first, second, third, b, b, b, **options))

@@ -1,0 +1,127 @@
+"""Writes docs/kernels.md: what the compiler makes of every shipped configuration.
+
+python tests/triton/kernel_table.py                    compiles everything on two processes, about half an hour
+python tests/triton/kernel_table.py --rows FILE...     from rows that compiled_report.py printed before
+"""
+
+import argparse
+import concurrent.futures
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[2]
+PAGE = _ROOT / "docs" / "kernels.md"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+Row = dict[str, Any]
+
+_HEAD = """# What the compiler makes of every configuration
+
+Made by `python tests/triton/kernel_table.py` with Triton {triton}, ahead of time, without a GPU: registers per thread, shared
+memory of a program and tensor-core instructions are the compiler's; no time is claimed. A cell reads
+
+    tile, warps (w), stages (s) | registers | shared memory in KiB | tensor-core instructions [TMA loads]
+
+The tiles are those of `kernels/configs.py`; M and N are rows and columns of a program's tile, K the inner dimension of a step, R
+rows. A configuration without stages has no loop that is pipelined. Nothing spills: `tests/triton/test_compile.py`
+checks that, and shared memory, for all of them and for sm_86, sm_89 and sm_120 (99 KiB). sm_90's products are wgmma (HGMMA)
+unless a tile has fewer than its 64 rows, sm_100's tcgen05 (UTCHMMA), sm_80's mma.sync (HMMA), gfx942's MFMA; float32 with
+torch's default matmul precision uses none.
+"""
+
+
+def configuration(row: Row) -> str:
+    """``M128 N64 8w 3s``: what ``configs.py`` decides."""
+    short = {"BLOCK_M": "M", "BLOCK_N": "N", "BLOCK_K": "K", "ROWS": "R", "BLOCK": "N"}
+    words = [f"{short.get(name, name.lower() + ' ')}{size}" for name, size in row["tile"].items()]
+    words += [f"{row[name]}{name[4]}" for name in ("num_warps", "num_stages") if row[name] is not None]
+    return " ".join(words)
+
+
+def label(row: Row) -> str:
+    """``128 bfloat16 extras``: the case without its family."""
+    words = (key if value is True else "" if value is False else str(value) for key, value in row["point"].items())
+    return " ".join(word for word in words if word)
+
+
+def _cell(row: Row) -> str:
+    counts = row["instructions"]
+    cores = [f"{counts[name]} {name}" for name in ("HMMA", "HGMMA", "UTCHMMA", "MFMA") if counts.get(name)]
+    cores += [f"{counts['UTMALDG']} TMA"] if counts.get("UTMALDG") else []
+    return ", ".join([configuration(row), str(row["registers"]), f"{row['shared'] / 1024:.3g}", " ".join(cores) or "-"])
+
+
+def table(rows: Iterable[Row], triton: str) -> str:
+    """The page: a section per family, a line per case and kernel, a column per architecture."""
+    lines: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    for row in rows:
+        line = lines.setdefault(row["family"], {}).setdefault((label(row), row["name"]), {})
+        line[row["arch"]] = _cell(row)
+    page = [_HEAD.format(triton=triton)]
+    for family, found in lines.items():
+        page += [f"## {family}", "", "| case | kernel | " + " | ".join(ARCHITECTURES) + " |", "| --- " * 6 + "|"]
+        for (case, kernel), cells in found.items():
+            name = kernel.removesuffix("_kernel")
+            page.append(f"| {case} | {name} | " + " | ".join(cells.get(arch, "") for arch in ARCHITECTURES) + " |")
+        page.append("")
+    return "\n".join(page)
+
+
+def configurations(page: str) -> dict[tuple[str, str, str, str], str]:
+    """{(family, case, kernel, architecture): configuration} of a page that ``table`` wrote."""
+    found, family = {}, ""
+    for line in page.splitlines():
+        if line.startswith("## "):
+            family = line[3:]
+        elif line.startswith("| ") and not line.startswith(("| case", "| ---")):
+            case, kernel, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            for arch, cell in zip(ARCHITECTURES, cells, strict=True):
+                if cell:
+                    found[family, case, kernel, arch] = cell.partition(",")[0]
+    return found
+
+
+def environment(cache: str) -> dict[str, str]:
+    """Of a process that compiles: no interpreter, no binaries of an earlier run, no configuration measured here."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    own = {"TRITON_CACHE_DIR": cache, "FASTATTN_TUNED": "off", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+    if "PYTHONPATH" in os.environ:
+        own["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
+    # Fused multiply-adds are Triton's default up to 3.9, which warns that this will change.
+    return kept | own | {"TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+def report(*arguments: str, timeout: float | None = None) -> list[Row]:
+    """The rows of ``compiled_report.py`` with ``arguments``, in a process of its own. RuntimeError if it breaks."""
+    command = [sys.executable, str(Path(__file__).with_name("compiled_report.py")), *arguments]
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(command, env=environment(cache), capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-4000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=Path, help="rows of compiled_report.py instead of compiling")
+    args = parser.parse_args(argv)
+    if args.rows:
+        rows = [json.loads(line) for path in args.rows for line in path.read_text().splitlines()]
+    else:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            rows = [row for found in pool.map(report, ARCHITECTURES) for row in found]
+    PAGE.write_text(table((row for row in rows if row["arch"] in ARCHITECTURES), importlib.metadata.version("triton")))
+    for row in rows:
+        for fault in row["wrong"]:
+            print(f"{row['arch']} {row['case']} {row['name']}: {fault}")
+    return 1 if any(row["wrong"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
