@@ -3,6 +3,7 @@
 >>> import fastattn
 >>> out = fastattn.attention(q, k, v, causal=True)        # (batch, heads, seq, head_dim)
 >>> fastattn.convert(model)                               # swap torch.nn modules in place
+>>> with fastattn.patch(): ...                            # F.scaled_dot_product_attention and norms of code as it is
 >>> print(fastattn.explain(fastattn.attention, q, k, v))  # which implementation runs, and why
 
 ``python -m fastattn info | explain | check | bench | demo`` on the command line.
@@ -20,6 +21,8 @@ _command = " ".join(_sys.orig_argv)
 if "-m fastattn info" not in _command:
     try:
         from fastattn import nn, ops, reference
+        from fastattn.integrations import flash as _flash
+        from fastattn.integrations.functional import patch
         from fastattn.nn import conversion_report, convert, revert
         from fastattn.ops import (
             Explanation,
@@ -37,6 +40,8 @@ if "-m fastattn info" not in _command:
             rope,
             scaled_dot_product_attention,
         )
+
+        _flash.register()
     except Exception as _error:
         if "-m fastattn" not in _command:
             raise
@@ -58,6 +63,7 @@ __all__ = [
     "linear_cross_entropy",
     "nn",
     "ops",
+    "patch",
     "reference",
     "revert",
     "rms_norm",

@@ -163,6 +163,13 @@ def _no_cpu(device: torch.device) -> str | None:
     return None if _library.has_cpu else _library.load_errors["_C"]
 
 
+def beats_reference(op: str, device: torch.device) -> bool:
+    """Whether ``auto`` has anything for ``op`` on this device but plain PyTorch; a single call may still be refused."""
+    if device.type == "cpu":
+        return _auto != "reference" and _library.cpu_is_fast
+    return device.type == "cuda" and any(_not_in_auto(op, name, device) is None for name in ("cuda", "triton"))
+
+
 def _not_in_auto(op: str, name: str, device: torch.device) -> str | None:
     if name == "cpu":
         return None if _library.cpu_is_fast else "this CPU has only the scalar kernels, which are for checking"

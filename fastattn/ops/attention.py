@@ -268,7 +268,8 @@ def scaled_dot_product_attention(
     query (N, ..., Hq, L, E), key (N, ..., H, S, E), value (N, ..., H, S, Ev): any number of leading dimensions, broadcast against
     each other. ``attn_mask`` broadcasts to (N, ..., Hq, L, S), boolean (True = attend) or floating. ``is_causal`` is aligned to the
     *top left* and excludes ``attn_mask``. ``dropout_p`` applies whenever it is > 0. ``enable_gqa`` lets Hq be a multiple of H.
-    See :func:`attention` for the bottom-right alignment and the other options.
+    A mask of ``torch.nn.attention.bias.causal_upper_left`` or ``causal_lower_right`` is never in memory. See :func:`attention` for
+    the bottom-right alignment and the other options.
 
     One difference: a row whose keys are all masked gives zeros here, where torch's result (NaN or zeros) depends on its backend.
     """
@@ -280,6 +281,10 @@ def scaled_dot_product_attention(
     query, key, value = _validate.autocast(device_type, query, key, value)  # type: ignore[assignment]
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: must be None when is_causal=True")
+    diagonal = 0
+    if stands_for_alignment(attn_mask):
+        diagonal = _diagonal_of(attn_mask, query.shape[-2], key.shape[-2])
+        attn_mask, is_causal = None, True
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, allowed are finite numbers")
     q, k, v, lead = query, key, value, None
@@ -289,13 +294,24 @@ def scaled_dot_product_attention(
         1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
         -1,
         0 if is_causal else -1,
-        0,
+        diagonal,
         0.0,
         _validate.dropout(dropout_p),
     )
     mask = attn_mask if attn_mask is None or lead is None else _mask_as_4d(attn_mask, lead, q.shape[2], k.shape[2])
     out, _ = _attend(q, k, v, mask, None, None, None, options, "auto")
     return out if lead is None else out.reshape(*lead, *out.shape[-2:])
+
+
+def stands_for_alignment(mask: Any) -> bool:
+    """Whether it is a ``torch.nn.attention.bias.CausalBias``; by name, since that module takes seconds to import."""
+    return type(mask) is not Tensor and type(mask).__name__ == "CausalBias"
+
+
+def _diagonal_of(bias: Any, rows: int, keys: int) -> int:
+    if (bias.seq_len_q, bias.seq_len_kv) != (rows, keys):
+        raise ValueError(f"attn_mask: {bias.seq_len_q} x {bias.seq_len_kv}, expected rows x keys = {rows} x {keys}")
+    return keys - rows if bias.variant.name == "LOWER_RIGHT" else 0
 
 
 def _broadcast(
