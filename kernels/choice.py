@@ -17,7 +17,6 @@ architecture: the file that ``FASTATTN_TUNED`` names ("off": none), else ``tuned
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import itertools
 import json
@@ -206,7 +205,9 @@ def tuned_path(arch: Arch) -> Path:
 
 
 def triton_version() -> str:
-    return importlib.metadata.version("triton").partition("+")[0]
+    import triton
+
+    return str(triton.__version__).partition("+")[0]
 
 
 def forget_measured() -> None:

@@ -111,7 +111,7 @@ class Bench:
             figures = self._figures(case, oracle, direction, ours, timings.pop(COPY, None))
             for peer, theirs in timings.items():
                 row = {**start, "direction": direction, "peer": peer, **self.facts}
-                yield Row(**row, verdict=check.OK, **_timed(ours, theirs), **figures)
+                yield Row(**row, verdict=check.OK, **timed_fields(ours, theirs), **figures)
                 if direction != directions[-1] and theirs.median > HOPELESS * self.budget:
                     wanted.remove(peer.partition(":")[0])
                     note = f"not timed against {peer}, whose forward pass alone took {theirs.median:.1f} s"
@@ -141,7 +141,7 @@ class Bench:
             peer = min(timings, key=lambda name: timings[name].median)
             if row["memory_bar"] is not None:
                 figures |= self._memory(case, dtype_name, peer)
-            yield Row(**row, peer=peer, verdict=check.OK, **_timed(ours, timings[peer]), **figures)
+            yield Row(**row, peer=peer, verdict=check.OK, **timed_fields(ours, timings[peer]), **figures)
 
     def _start(
         self, case: Case, dtype_name: str, directions: Sequence[str]
@@ -249,11 +249,11 @@ def contenders(
     calls = {OURS: cases.prepare(case, t, implementation), **peers(case, t, wanted)}
     if direction == "forward":
         return {**calls}
-    wrap = {"backward": _backward, "forward+backward": _both}[direction]
+    wrap = {"backward": backward_call, "forward+backward": both_call}[direction]
     return {name: wrap(call, oracle) for name, call in calls.items()}
 
 
-def _timed(ours: Timing, theirs: Timing) -> dict[str, Any]:
+def timed_fields(ours: Timing, theirs: Timing) -> dict[str, Any]:
     """The fields of a row that say how long both took."""
     return {"ratio": theirs.median / ours.median, **_named(ours, ""), **_named(theirs, "peer_")}
 
@@ -262,7 +262,7 @@ def _named(timing: Timing, prefix: str) -> dict[str, Any]:
     return {prefix + name: value for name, value in asdict(timing).items()}
 
 
-def _backward(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
+def backward_call(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
     """The backward pass alone, again and again from one forward pass."""
     leaves = [tensor for tensor in oracle.tensors.values() if tensor.requires_grad]
     outputs = call()
@@ -270,7 +270,7 @@ def _backward(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callab
     return lambda: torch.autograd.grad(list(outputs.values()), leaves, upstream, retain_graph=True)
 
 
-def _both(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
+def both_call(call: Callable[[], cases.Outputs], oracle: check.Oracle) -> Callable[[], object]:
     leaves = [tensor for tensor in oracle.tensors.values() if tensor.requires_grad]
 
     def both() -> object:
@@ -383,7 +383,7 @@ def run_scaling(lengths: Sequence[int] = scaling.LENGTHS, budget: float = scalin
             amount, unit = work(case, cases.DTYPES[scaling.DTYPE], "forward")
             start |= {"rate": amount / ours.median / 1e9, "unit": unit}
             start |= {"memory": found["memory"][OURS], "peer_memory": found["memory"][scaling.PEER]}
-            rows.append(Row(**start, verdict=check.OK, **_timed(ours, theirs)))
+            rows.append(Row(**start, verdict=check.OK, **timed_fields(ours, theirs)))
     return rows
 
 

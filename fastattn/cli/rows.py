@@ -22,7 +22,7 @@ class Row:
     ``roofline_percent`` must (None: no bar), and in ``errors`` for each of its results the relative Frobenius error against
     float64 and the largest error, ours and the peer's; with ``memory_bar`` it has in ``memory`` the bytes that one step holds
     at its highest beside its results, and in ``results_memory`` those of the results. ``limits`` are the variables that limit
-    ours and torch.
+    ours and torch. Rows of a GPU have its architecture ("sm_90") and Triton's version, in ``rate_bar`` what ``rate`` must reach.
     ``verdict`` is "ok"; or "FAILED" (the check of this very shape did) or "unavailable", and then there are no figures
     and ``note`` says why.
     """
@@ -64,6 +64,9 @@ class Row:
     commit: str | None = None
     date: str = ""
     note: str = ""
+    arch: str = ""
+    triton: str = ""
+    rate_bar: float | None = None
 
 
 def _milliseconds(median: float, p20: float, p80: float) -> str:
