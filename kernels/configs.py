@@ -7,6 +7,7 @@ No GPU has timed them yet: every figure below is a budget (registers without spi
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,11 +61,16 @@ class ColumnSum:
 
 def arch_of(tensor: torch.Tensor) -> Arch:
     """The architecture ``tensor`` lives on; CPU tensors are the interpreter's."""
-    if tensor.device.type != "cuda":
+    return arch_of_device(tensor.device)
+
+
+@functools.cache
+def arch_of_device(device: torch.device) -> Arch:
+    if device.type != "cuda":
         return Arch("interpreter")
     if torch.version.hip:
         return Arch("hip")
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    major, minor = torch.cuda.get_device_capability(device)
     return Arch("cuda", 10 * major + minor)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import correctness, peers, plan, report, session, timing
 from fastattn.cli import cases, check

@@ -1,14 +1,18 @@
 """The ladder: who is chosen, by name or automatically, and what explain says of it."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastattn
-from fastattn.ops import _library, _select
+from fastattn.kernels import configs
+from fastattn.ops import _library, _proven, _select
 
 Q = torch.randn(1, 2, 5, 8)
 
@@ -109,3 +113,102 @@ def test_scalar_kernels_are_not_chosen_by_themselves(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_library, "cpu_is_fast", False)
     explanation = fastattn.explain(fastattn.rms_norm, Q, (8,))
     assert explanation.implementation == "reference"
+
+
+def _row(**changes: object) -> dict[str, object]:
+    row = {"op": "rope", "implementation": "triton", "arch": "sm_90", "case": "", "shape": [4, 8], "dtype": "bfloat16"}
+    row |= {"direction": "forward", "peer": "rung below (reference)", "verdict": "ok", "ratio": 1.2}
+    return row | {"date": "2026-11-22T00:00:00+00:00", "file": "a.jsonl"} | changes
+
+
+@pytest.mark.parametrize(
+    ("rows", "enters"),
+    [
+        ([_row()], True),
+        ([_row(), _row(direction="backward", ratio=1.0), _row(peer="eager", ratio=0.5)], True),
+        ([_row(), _row(direction="backward", ratio=0.99)], False),
+        ([_row(peer="eager", ratio=2.0)], False),
+        ([_row(), _row(direction="backward", verdict="FAILED", peer="", ratio=None)], False),
+        ([_row(), _row(direction="backward", verdict="unavailable", peer="quack", ratio=None)], True),
+        ([_row(ratio=0.9), _row(date="2026-11-23T00:00:00+00:00")], True),
+        ([_row(), _row(ratio=0.9, date="2026-11-23T00:00:00+00:00")], False),
+    ],
+    ids=[
+        "faster",
+        "as fast",
+        "slower once",
+        "other peers",
+        "wrong once",
+        "peer missing",
+        "newer better",
+        "newer worse",
+    ],
+)
+def test_green_and_not_slower_enters_auto(rows: list[dict[str, object]], enters: bool, tmp_path: Path) -> None:
+    from benchmarks.gpu import verdicts
+
+    path = tmp_path / "proven.json"
+    path.write_text(verdicts.text(verdicts.proven(rows)))
+    assert _proven.load(path) == ({("rope", "triton", "sm_90")} if enters else set())
+    other = verdicts.proven([_row(arch="sm_80"), *rows])
+    assert ("sm_80" in {entry["arch"] for entry in other}) and len(other) == 1 + enters
+
+
+def test_what_auto_takes_is_what_the_committed_rows_show() -> None:
+    from benchmarks.gpu import verdicts
+
+    expected = verdicts.text(verdicts.proven(verdicts.rows_of()))
+    assert _proven.PATH.read_text() == expected, "run python -m benchmarks.gpu.verdicts"
+    assert _proven.load() == _select.PROVEN_ON_GPU
+
+
+def test_a_list_that_proves_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "proven.json"
+    path.write_text('{"schema": 0, "proven": []}')
+    with pytest.raises(ValueError, match="schema 0, expected 1"):
+        _proven.load(path)
+    entry = {"op": "rope", "implementation": "triton", "arch": "sm_90", "measurements": 3, "worst_ratio": 0.97}
+    path.write_text(json.dumps({"schema": 1, "proven": [entry]}))
+    with pytest.raises(ValueError, match="not slower than the rung below"):
+        _proven.load(path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "reason"),
+    [
+        ((9, 0), 232448, None),
+        ((8, 6), 101376, None),
+        ((7, 5), 65536, "sm_75: the Triton kernels are for sm_80 and later"),
+        ((8, 0), 101376, "this sm_80 gives a program 101376 bytes of shared memory, the tiles may take 166912"),
+    ],
+)
+def test_a_gpu_is_asked_once_whether_the_tiles_fit(
+    capability: tuple[int, int], shared: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def properties(index: int) -> SimpleNamespace:
+        asked.append(index)
+        return SimpleNamespace(shared_memory_per_block_optin=shared)
+
+    monkeypatch.setattr(_library, "has_triton", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    for cached in (_select._no_triton_on, configs.arch_of_device):
+        cached.cache_clear()
+    try:
+        for _ in range(2):
+            assert _select._no_triton(torch.device("cuda", 1)) == reason
+        assert len(asked) <= 1
+    finally:
+        for cached in (_select._no_triton_on, configs.arch_of_device):
+            cached.cache_clear()
+
+
+def test_rows_too_far_apart_are_refused() -> None:
+    wide = torch.empty_strided((3, 4), (1 << 23, 1), device="meta")
+    assert _select.triton_why_not(torch.ones(3, 4), None, wide) == (
+        "rows 8388608 elements apart (offsets within a tile of 256 rows are 32-bit)"
+    )
+    assert _select.triton_why_not(torch.ones(2, 3), torch.ones(3)) is None
+    assert "float64" in str(_select.triton_why_not(torch.ones(3).double()))

@@ -16,6 +16,7 @@ from fastattn.cli.bench import backward_call, both_call, gate, timed_fields
 from fastattn.cli.cases import Case
 from fastattn.cli.plain import plain_outputs
 from fastattn.cli.rows import Row
+from fastattn.ops._select import arch_name
 
 OURS = "fastattn"
 #: A score matrix of this many pairs per head is compared with float64 in a head of each end alone.
@@ -40,7 +41,7 @@ class Session:
             "torch": torch.__version__,
             "commit": machine.git_commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "arch": arch_name(device),
+            "arch": arch_name(device) if device.type == "cuda" else "",
             "triton": _version("triton"),
         }
 
@@ -154,15 +155,6 @@ class Tensors:
     @staticmethod
     def _as(x: torch.Tensor, dtype: torch.dtype, differentiable: bool) -> torch.Tensor:
         return x.to(dtype).requires_grad_(differentiable) if x.is_floating_point() else x
-
-
-def arch_name(device: torch.device) -> str:
-    """sm_90, gfx942, ..., "" for a CPU."""
-    if device.type != "cuda":
-        return ""
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _version(package: str) -> str:

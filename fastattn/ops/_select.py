@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from fastattn.ops import _library
+from fastattn.ops import _library, _proven
 
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "reference")
 
-#: (operation, implementation, architecture) that a committed result file shows correct and not slower than the rung below.
+#: (operation, implementation, architecture) that committed results show correct and not slower than the rung below.
 #: `auto` takes a GPU implementation only from here; asking by name always works.
-PROVEN_ON_GPU: frozenset[tuple[str, str, str]] = frozenset()
+PROVEN_ON_GPU = _proven.load()
 
 #: What ``auto`` means: ``FASTATTN_IMPLEMENTATION`` as it was at import (a look into the environment takes 1 µs a call).
 _auto = os.environ.get("FASTATTN_IMPLEMENTATION", "auto")
@@ -147,14 +149,44 @@ def _no_cuda(device: torch.device) -> str | None:
 def _no_triton(device: torch.device) -> str | None:
     if not _library.has_triton:
         return "triton is not installed"
-    if device.type == "cuda" or (device.type == "cpu" and _library.triton_interprets):
+    if device.type == "cuda":
+        return _no_triton_on(torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "cpu" and _library.triton_interprets:
         return None
     return f"the tensors are on {device.type} and Triton compiles for GPUs (TRITON_INTERPRET=1 runs it on CPU tensors)"
+
+
+@functools.cache
+def _no_triton_on(index: int) -> str | None:
+    """Why the tiles of ``kernels/configs.py`` do not fit the GPU with this index: it is asked once."""
+    from fastattn.kernels import configs
+
+    arch = configs.arch_of_device(torch.device("cuda", index))
+    if arch.kind == "cuda" and arch.number < 80:
+        return f"{arch.name}: the Triton kernels are for sm_80 and later"
+    facts = torch.cuda.get_device_properties(index)
+    available = getattr(facts, "shared_memory_per_block_optin", None) or arch.shared
+    if available < arch.shared:
+        return f"this {arch.name} gives a program {available} bytes of shared memory, the tiles may take {arch.shared}"
+    return None
+
+
+#: Rows of the largest tile: offsets within a tile are 32-bit, those of the tile itself 64-bit.
+_TILE_ROWS = 256
 
 
 def triton_dtype(dtype: torch.dtype) -> str | None:
     """Why the Triton kernels do not take tensors of ``dtype``, or None: the same for every operation."""
     return "float64 (Triton kernels accumulate in float32)" if dtype == torch.float64 else None
+
+
+def triton_why_not(*tensors: Tensor | None) -> str | None:
+    """Why the Triton kernels do not take these tensors, or None: what is the same for every operation. The first has the call's
+    dtype."""
+    for x in tensors:
+        if x is not None and x.dim() > 1 and max(x.stride()[-2:]) * _TILE_ROWS >= 1 << 31:
+            return f"rows {x.stride(-2)} elements apart (offsets within a tile of {_TILE_ROWS} rows are 32-bit)"
+    return None if tensors[0] is None else triton_dtype(tensors[0].dtype)
 
 
 def _no_cpu(device: torch.device) -> str | None:
@@ -170,12 +202,19 @@ def beats_reference(op: str, device: torch.device) -> bool:
     return device.type == "cuda" and any(_not_in_auto(op, name, device) is None for name in ("cuda", "triton"))
 
 
+def arch_name(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ... of a GPU."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 def _not_in_auto(op: str, name: str, device: torch.device) -> str | None:
     if name == "cpu":
         return None if _library.cpu_is_fast else "this CPU has only the scalar kernels, which are for checking"
     if device.type == "cpu":
         return "the interpreter is for checking: ask for it by name"
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    arch = arch_name(device)
     if (op, name, arch) in PROVEN_ON_GPU:
         return None
     return f"no committed result shows it correct and not slower on {arch} yet: ask for it by name"
