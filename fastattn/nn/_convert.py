@@ -19,7 +19,7 @@ from fastattn.nn._fusion import activation_name
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.ffn import ACTIVATIONS, Sequential, feed_forward_at
 from fastattn.nn.norm import LayerNorm, RMSNorm
-from fastattn.nn.transformer import TransformerEncoderLayer
+from fastattn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from fastattn.ops._select import IMPLEMENTATIONS
 
 __all__ = ["ConversionReport", "ConversionRow", "conversion_report", "convert", "revert"]
@@ -31,6 +31,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RMSNorm: RMSNorm,
     nn.MultiheadAttention: MultiheadAttention,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
     nn.Sequential: Sequential,
 }
 
@@ -177,9 +178,9 @@ def _check_model(model: object) -> None:
 def convert(model: M, *, implementation: str = "auto") -> M:
     """Make the torch.nn modules of ``model`` compute with fastattn, in place.
 
-    Converted are LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, and a Sequential with
-    Linear → relu | gelu | silu → (Dropout →) Linear inside; of these classes themselves or of subclasses that inherit their
-    forward. Parameters, ``state_dict``, hooks, training flags, device and the identity of every object stay; a module used
+    Converted are LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, and a
+    Sequential with Linear → relu | gelu | silu → (Dropout →) Linear inside; of these classes themselves or of subclasses
+    that inherit their forward. Parameters, ``state_dict``, hooks, training flags, device and the identity of every object stay; a module used
     twice is converted once. Modules already converted only take the new ``implementation``. Optimizers and compiled
     models go on working (torch.compile recompiles).
 
@@ -263,8 +264,6 @@ def _status(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, torch.jit.ScriptModule):
         name = module.original_name
         return ("left", "TorchScript modules are compiled code") if _LOOKALIKE.search(name) else None
-    if isinstance(module, nn.TransformerDecoderLayer):
-        return "left", "fastattn.nn has no such layer; the attention and norms in it are converted one by one"
     if _LOOKALIKE.search(name) and not type(module).__module__.startswith("fastattn."):
         return "left", f"{type(module).__module__}.{name} is not a torch.nn module"
     return None
@@ -272,6 +271,9 @@ def _status(module: nn.Module) -> tuple[str, str] | None:
 
 def _note(module: nn.Module) -> str:
     """What is worth knowing of a converted module: a part that it calls instead of fusing."""
-    if isinstance(module, TransformerEncoderLayer) and activation_name(module.activation) is None:
+    if (
+        isinstance(module, (TransformerEncoderLayer, TransformerDecoderLayer))
+        and activation_name(module.activation) is None
+    ):
         return "its activation is not fused: linear1, activation and linear2 run one by one"
     return ""

@@ -1,8 +1,9 @@
-"""TransformerEncoderLayer: torch.nn's module by fused attention, feed-forward and residual-add-and-normalize operators."""
+"""torch.nn's Transformer, its layers by fused attention, feed-forward and residual-add-and-normalize operators."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -15,7 +16,19 @@ from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.ops._validate import autocast_dtype
 from fastattn.ops.attention import attention
 
-__all__ = ["TransformerEncoderLayer"]
+__all__ = [
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]
+
+
+def _take_over(module: nn.Module) -> None:
+    """Give torch.nn's modules in ``module`` our classes. Built by torch first, the same seed gives the same weights."""
+    for part in module.modules():
+        part.__class__ = _CLASSES.get(type(part), type(part))
 
 
 def _add_and_norm(x: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
@@ -58,10 +71,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     @functools.wraps(nn.TransformerEncoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Built by torch first so that the same seed gives the same weights; our classes add no state, so they take over.
-        self.self_attn.__class__ = MultiheadAttention
-        self.norm1.__class__ = LayerNorm
-        self.norm2.__class__ = LayerNorm
+        _take_over(self)
 
     def forward(
         self,
@@ -163,3 +173,151 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             src._nested_tensor_strides(),
             src._nested_tensor_storage_offsets(),
         )
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """``torch.nn.TransformerDecoderLayer`` by :func:`fastattn.attention`, ``ffn`` and ``layer_norm(residual=)``.
+
+    Everything said of :class:`TransformerEncoderLayer` holds: constructor, random numbers, parameters, ``state_dict``, ``forward``
+    and its results are torch's, replaced or hooked children are called as the modules they are, and the differences on purpose
+    are those of :class:`MultiheadAttention`. ``self_attn``, ``multihead_attn`` (over ``memory``) and the norms are fastattn.nn's.
+
+    Attributes:
+        implementation: "auto", or the name of the implementation of the feed-forward part; the attentions and norms have
+            their own.
+
+    Source: Vaswani et al., arXiv:1706.03762; ``norm_first``: Xiong et al., arXiv:2002.04745.
+    """
+
+    implementation: str = "auto"
+
+    @functools.wraps(nn.TransformerDecoderLayer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _take_over(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The layer applied to ``tgt`` (L, E), (B, L, E) with ``batch_first``, else (L, B, E); same shape back.
+
+        Args:
+            memory: the encoder's output, S rows in tgt's layout.
+            tgt_mask: (L, L) or (B·nhead, L, L); memory_mask: (L, S) or (B·nhead, L, S): boolean with True = hidden, or added.
+            tgt_key_padding_mask: (B, L) or (L,); memory_key_padding_mask: (B, S) or (S,): boolean with True = padding, or added.
+            tgt_is_causal, memory_is_causal: hints that the mask is the causal one.
+        """
+        masks = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        memory_masks = (memory_mask, memory_key_padding_mask, memory_is_causal)
+        if self._blocks_overridden():
+            return self._forward_by_blocks(tgt, memory, masks, memory_masks)
+        x = tgt
+        if self.norm_first:
+            y, h = _add_and_norm(self._attend_self(self.norm1(x), *masks), x, self.dropout1, self.norm2)
+            y, h = _add_and_norm(self._attend_memory(y, memory, *memory_masks), h, self.dropout2, self.norm3)
+            return h + self.dropout3(self._feed_forward(y))
+        y, _ = _add_and_norm(self._attend_self(x, *masks), x, self.dropout1, self.norm1)
+        y, _ = _add_and_norm(self._attend_memory(y, memory, *memory_masks), y, self.dropout2, self.norm2)
+        return _add_and_norm(self._feed_forward(y), y, self.dropout3, self.norm3)[0]
+
+    def _attend_self(self, x: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, causal: bool) -> Tensor:
+        return self.self_attn(
+            x, x, x, attn_mask=mask, key_padding_mask=key_padding_mask, need_weights=False, is_causal=causal
+        )[0]
+
+    def _attend_memory(
+        self, x: Tensor, memory: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        return self.multihead_attn(
+            x, memory, memory, attn_mask=mask, key_padding_mask=key_padding_mask, need_weights=False, is_causal=causal
+        )[0]
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return run_feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2, self.implementation)
+
+    def _sa_block(
+        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
+        return self.dropout1(self._attend_self(x, attn_mask, key_padding_mask, is_causal))
+
+    def _mha_block(
+        self,
+        x: Tensor,
+        mem: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        return self.dropout2(self._attend_memory(x, mem, attn_mask, key_padding_mask, is_causal))
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout3(self._feed_forward(x))
+
+    def _blocks_overridden(self) -> bool:
+        """Whether a subclass changed one of the methods that torch documents by use as this layer's parts."""
+        ours = TransformerDecoderLayer
+        names = ("_sa_block", "_mha_block", "_ff_block")
+        return any(getattr(type(self), name) is not getattr(ours, name) for name in names)
+
+    def _forward_by_blocks(
+        self, x: Tensor, memory: Tensor, masks: tuple[Any, ...], memory_masks: tuple[Any, ...]
+    ) -> Tensor:
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), *masks)
+            x = x + self._mha_block(self.norm2(x), memory, *memory_masks)
+            return x + self._ff_block(self.norm3(x))
+        x = self.norm1(x + self._sa_block(x, *masks))
+        x = self.norm2(x + self._mha_block(x, memory, *memory_masks))
+        return self.norm3(x + self._ff_block(x))
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+}
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """``torch.nn.TransformerEncoder`` of fastattn's layers: those of torch.nn in the copies of ``encoder_layer`` become ours.
+
+    Everything else is torch's, nested tensors in evaluation included (see :class:`TransformerEncoderLayer`).
+    """
+
+    @functools.wraps(nn.TransformerEncoder.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _take_over(self)
+
+
+class TransformerDecoder(nn.TransformerDecoder):
+    """``torch.nn.TransformerDecoder`` of fastattn's layers: those of torch.nn in the copies of ``decoder_layer`` become ours."""
+
+    @functools.wraps(nn.TransformerDecoder.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _take_over(self)
+
+
+class Transformer(nn.Transformer):
+    """``torch.nn.Transformer`` of fastattn's layers; a ``custom_encoder`` or ``custom_decoder`` stays as it is."""
+
+    @functools.wraps(nn.Transformer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given = inspect.signature(nn.Transformer.__init__).bind(self, *args, **kwargs).arguments
+        for name, cls in (("encoder", TransformerEncoder), ("decoder", TransformerDecoder)):
+            part = getattr(self, name)
+            if given.get(f"custom_{name}") is None:
+                part.__class__ = cls
+                _take_over(part)
