@@ -6,7 +6,7 @@
 >>> with fastattn.patch(): ...                            # F.scaled_dot_product_attention and norms of code as it is
 >>> print(fastattn.explain(fastattn.attention, q, k, v))  # which implementation runs, and why
 
-``python -m fastattn info | explain | check | bench | demo`` on the command line.
+``python -m fastattn info | explain | check | bench | tune | demo`` on the command line.
 """
 
 import sys as _sys

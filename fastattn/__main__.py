@@ -14,6 +14,7 @@ COMMANDS = {
     "explain": "which implementation takes a call, and why the others do not",
     "check": "numerical parity with float64 on this machine, beside plain PyTorch's own error",
     "bench": "speed against PyTorch, each row behind a green check of its own shape",
+    "tune": "the tiles of the Triton kernels, by measuring on this GPU; written to a file that is used from then on",
     "demo": "a real language model: text, parity and speed beside plain PyTorch",
 }
 #: The function of a command's module that runs it, where it is not ``main``.

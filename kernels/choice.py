@@ -217,13 +217,20 @@ def forget_measured() -> None:
         chosen._taken.clear()
 
 
+def path_in_force(arch: Arch) -> Path | None:
+    """The file of measured configurations for ``arch``, None if the shipped ones are used."""
+    named = os.environ.get("FASTATTN_TUNED", "")
+    if arch.kind == "interpreter" or named == "off":
+        return None
+    path = tuned_path(arch)
+    # A file that was named must be there; the default one need not.
+    return path if named or path.exists() else None
+
+
 def _measured(arch: Arch) -> dict[tuple[str, Key], Any]:
     if arch not in _files:
-        named = os.environ.get("FASTATTN_TUNED", "")
-        wanted = arch.kind != "interpreter" and named != "off"
-        path = tuned_path(arch) if wanted else None
-        # A file that was named must be there; the default one need not.
-        _files[arch] = read_tuned(path, arch) if path is not None and (named or path.exists()) else {}
+        path = path_in_force(arch)
+        _files[arch] = {} if path is None else read_tuned(path, arch)
     return _files[arch]
 
 

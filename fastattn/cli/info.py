@@ -111,6 +111,21 @@ def _ladder_facts() -> Facts:
     return found
 
 
+def _tuned_facts() -> Facts:
+    """Per GPU, the file of measured configurations that is used there. Raises what reading it raises."""
+    import torch
+
+    from fastattn.kernels import choice, configs
+
+    found: Facts = {}
+    for index in range(torch.cuda.device_count()):
+        arch = configs.arch_of_device(torch.device("cuda", index))
+        path = choice.path_in_force(arch)
+        count = 0 if path is None else len(choice.read_tuned(path, arch))
+        found[f"cuda:{index}"] = "shipped configurations" if path is None else f"{count} configurations of {path}"
+    return found
+
+
 def _import_facts() -> Facts:
     """Raises what ``import fastattn`` raises."""
     import fastattn
@@ -127,6 +142,7 @@ SECTIONS: dict[str, Callable[[], Facts]] = {
     "native": _native_facts,
     "libraries": _library_facts,
     "auto": _ladder_facts,
+    "tuned": _tuned_facts,
 }
 
 
