@@ -2,8 +2,8 @@
 
 Each kernel's tiles are a choice (kernels/choice.py). A call is made once to see which choices it asks, and is then timed with each
 candidate of each, everything else left as it is. A candidate replaces the shipped tiles where it is at least 2 % faster and
-the call is still right against float64. What was found goes to a JSON file, one per architecture and version of Triton, which later processes
-read: ``FASTATTN_TUNED`` names it, ``FASTATTN_TUNED=off`` ignores it, else it lies in the user's cache folder.
+the call is still right against float64. What was found goes to a JSON file, one per architecture and version of Triton,
+which later processes read: ``FASTATTN_TUNED`` names it, ``FASTATTN_TUNED=off`` ignores it, else it lies in the user's cache folder.
 """
 
 from __future__ import annotations
