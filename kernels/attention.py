@@ -11,6 +11,7 @@ products, "high" and "medium" are TF32.
 import torch
 from torch import Tensor
 
+from fastattn.kernels import attention_tma, configs
 from fastattn.kernels.attention_backward import launch_backward, mask_gradient
 from fastattn.kernels.attention_forward import launch_forward
 from fastattn.kernels.attention_score import Score, prepare, unit_last_stride
@@ -45,7 +46,11 @@ def attention_forward(
     if lse.numel():
         score = Score(softmax_scale, softcap, window_left, window_right, diagonal)
         inputs, features = prepare(q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state)
-        launch_forward(inputs, features, out, lse)
+        config = attention_tma.chosen(inputs, features, configs.arch_of(q))
+        if config is None:
+            launch_forward(inputs, features, out, lse)
+        else:
+            attention_tma.launch_forward(inputs, features, out, lse, config)
     return out, lse, lse.new_zeros((2, *lse.shape) if q.dtype == torch.float32 else 0)
 
 

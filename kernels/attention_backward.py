@@ -124,7 +124,7 @@ def _queries_step(
             distance = tl.abs(row[:, None] + inputs.score.diagonal - key[None, :]).to(tl.float32)
             dslope -= tl.sum(ds * distance, 1)
         if MASKED:
-            dq = dot_visible(ds_raw.to(k.dtype), k, visible, dq, FEATURES.precision)
+            dq = dot_visible(ds_raw.to(k.dtype), k, visible, dq, FEATURES)
         else:
             dq = tl.dot(ds_raw.to(k.dtype), k, dq, input_precision=FEATURES.precision)
     return dq, dslope
@@ -156,7 +156,7 @@ def attention_backward_queries_kernel(
     slope = 0.0
     if FEATURES.alibi:
         slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
-    gradient = tl.zeros([BLOCK_M, FEATURES.block_d], tl.float32)
+    gradient = tl.full([BLOCK_M, FEATURES.block_d], 0.0, tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
 
     before = inputs.score.left - inputs.score.diagonal
@@ -244,8 +244,8 @@ def attention_backward_keys_kernel(
     v = load_rows(
         inputs.v, batch, head_k, key_start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True
     )
-    dk_sum = tl.zeros([BLOCK_N, FEATURES.block_d], tl.float32)
-    dv_sum = tl.zeros([BLOCK_N, FEATURES.block_dv], tl.float32)
+    dk_sum = tl.full([BLOCK_N, FEATURES.block_d], 0.0, tl.float32)
+    dv_sum = tl.full([BLOCK_N, FEATURES.block_dv], 0.0, tl.float32)
     # Key j is seen by rows j - diagonal - right .. j - diagonal + left.
     before = inputs.score.right + inputs.score.diagonal
     after = inputs.score.left - inputs.score.diagonal

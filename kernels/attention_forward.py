@@ -32,6 +32,64 @@ from fastattn.kernels.attention_score import (
 
 
 @triton.jit
+def fold_keys(
+    acc, l, m, raw, v, row, start, batch, head, slope, inputs,
+    FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: raw = q·k [BLOCK_M, BLOCK_N] of keys from ``start`` on, their v [BLOCK_N, block_dv]."""
+    key = start + tl.arange(0, BLOCK_N)
+    s, _, visible = score_tile(raw, row[:, None], key[None, :], batch, head, slope, inputs, FEATURES, MASKED)
+    s = s * LOG2E
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    # A row that has seen nothing yet keeps m = -inf; subtracting 0 instead gives 2^-inf = 0.
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    p = tl.math.exp2(s - m_finite[:, None])
+    alpha = tl.math.exp2(m - m_finite)
+    l = l * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    if FEATURES.dropout:
+        p = tl.where(keep_pairs(row, start, batch, head, inputs, BLOCK_M, BLOCK_N), p, 0.0)
+    if MASKED:
+        acc = dot_visible(p.to(v.dtype), v, visible, acc, FEATURES)
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=FEATURES.precision)
+    return acc, l, m_new
+
+
+@triton.jit
+def first_sums(head, inputs, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """acc [BLOCK_M, block_dv], l and m [BLOCK_M] before any key."""
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if FEATURES.sinks:
+        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(inputs.sinks + head) * LOG2E
+        l = l + 1.0
+    return tl.full([BLOCK_M, FEATURES.block_dv], 0.0, tl.float32), l, m
+
+
+@triton.jit
+def last_sums(acc, l, m):
+    """(out [BLOCK_M, block_dv], lse [BLOCK_M]) after the last key: zeros and -inf for a row that saw none."""
+    l_positive = tl.where(l == 0.0, 1.0, l)
+    lse = tl.where(l == 0.0, float("-inf"), m * LN2 + tl.log(l_positive))
+    return acc / l_positive[:, None], lse
+
+
+@triton.jit
+def visible_range(row_start, inputs, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``visit_range`` of the keys that rows row_start .. row_start + BLOCK_M see."""
+    row_last = tl.minimum(row_start + BLOCK_M, inputs.sizes.rows) - 1
+    before = inputs.score.left - inputs.score.diagonal
+    after = inputs.score.right + inputs.score.diagonal
+    masked: tl.constexpr = FEATURES.mask != "none"
+    return visit_range(
+        row_start, row_last, inputs.sizes.keys, before, after, BLOCK_N, FEATURES.left, FEATURES.right, masked
+    )
+
+
+@triton.jit
 def _attend(
     acc, l, m, q, row_start, visit, batch, head, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -50,27 +108,10 @@ def _attend(
         v = load_rows(
             inputs.v, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED
         )
-        key = start + tl.arange(0, BLOCK_N)
-        # [BLOCK_M, BLOCK_N]
         raw = tl.dot(q, tl.trans(k), input_precision=FEATURES.precision)
-        s, _, visible = score_tile(raw, row[:, None], key[None, :], batch, head, slope, inputs, FEATURES, MASKED)
-        s = s * LOG2E
-        if MASKED:
-            s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # A row that has seen nothing yet keeps m = -inf; subtracting 0 instead gives 2^-inf = 0.
-        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p = tl.math.exp2(s - m_finite[:, None])
-        alpha = tl.math.exp2(m - m_finite)
-        l = l * alpha + tl.sum(p, 1)
-        m = m_new
-        acc = acc * alpha[:, None]
-        if FEATURES.dropout:
-            p = tl.where(keep_pairs(row, start, batch, head, inputs, BLOCK_M, BLOCK_N), p, 0.0)
-        if MASKED:
-            acc = dot_visible(p.to(v.dtype), v, visible, acc, FEATURES.precision)
-        else:
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=FEATURES.precision)
+        acc, l, m = fold_keys(
+            acc, l, m, raw, v, row, start, batch, head, slope, inputs, FEATURES, MASKED, BLOCK_M, BLOCK_N
+        )
     return acc, l, m
 
 
@@ -82,7 +123,6 @@ def attention_forward_kernel(inputs, out, lse, FEATURES: tl.constexpr, BLOCK_M: 
     row_start = (blocks - 1 - program % blocks) * BLOCK_M
     head = program // blocks % inputs.sizes.heads
     batch = program // blocks // inputs.sizes.heads
-    row_last = tl.minimum(row_start + BLOCK_M, inputs.sizes.rows) - 1
 
     q = load_rows(
         inputs.q, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True
@@ -90,40 +130,20 @@ def attention_forward_kernel(inputs, out, lse, FEATURES: tl.constexpr, BLOCK_M: 
     slope = 0.0
     if FEATURES.alibi:
         slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    if FEATURES.sinks:
-        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(inputs.sinks + head) * LOG2E
-        l = l + 1.0
-    acc = tl.zeros([BLOCK_M, FEATURES.block_dv], tl.float32)
-
-    before = inputs.score.left - inputs.score.diagonal
-    after = inputs.score.right + inputs.score.diagonal
-    visit = visit_range(
-        row_start,
-        row_last,
-        inputs.sizes.keys,
-        before,
-        after,
-        BLOCK_N,
-        FEATURES.left,
-        FEATURES.right,
-        FEATURES.mask != "none",
-    )
+    acc, l, m = first_sums(head, inputs, FEATURES, BLOCK_M)
+    visit = visible_range(row_start, inputs, FEATURES, BLOCK_M, BLOCK_N)
     if FEATURES.mask == "none":
         acc, l, m = _attend(
             acc, l, m, q, row_start, visit, batch, head, slope, inputs, FEATURES, False, BLOCK_M, BLOCK_N
         )
     acc, l, m = _attend(acc, l, m, q, row_start, visit, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N)
 
-    l_positive = tl.where(l == 0.0, 1.0, l)
-    acc = acc / l_positive[:, None]
+    acc, natural = last_sums(acc, l, m)
     if FEATURES.dropout:
         acc = acc * inputs.dropout.scale
     store_rows(out, batch, head, row_start, inputs.sizes.rows, acc, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv)
     row = row_start + tl.arange(0, BLOCK_M)
     line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
-    natural = tl.where(l == 0.0, float("-inf"), m * LN2 + tl.log(l_positive))
     tl.store(lse + line + row, natural, mask=row < inputs.sizes.rows)
 
 

@@ -70,6 +70,8 @@ class Features:
     left: bool
     right: bool
     mask: str  # "none", "boolean" or "additive"
+    # Whether keys differ in the mask. Not by a stride of 1: inside a loop Triton 3.6 loses the constant that it makes of that.
+    mask_keys: bool
     softcap: bool
     alibi: bool
     sinks: bool
@@ -142,6 +144,7 @@ def prepare(
         left=score.left >= 0,
         right=score.right >= 0,
         mask="none" if attn_mask is None else "boolean" if attn_mask.dtype == torch.bool else "additive",
+        mask_keys=attn_mask is not None and attn_mask.shape[3] > 1,
         softcap=score.softcap > 0,
         alibi=alibi_slopes is not None,
         sinks=sinks is not None,
@@ -220,7 +223,11 @@ def score_tile(raw, row, key, batch, head, slope, inputs, FEATURES: tl.constexpr
                 + tl.cast(batch, tl.int64) * inputs.mask.batch
                 + tl.cast(head, tl.int64) * inputs.mask.head
             )
-            pointers = base + row.to(tl.int64) * inputs.mask.row + key * inputs.mask.key
+            pointers = base + row.to(tl.int64) * inputs.mask.row
+            if FEATURES.mask_keys:
+                pointers += key
+            else:
+                pointers += key * 0
             if FEATURES.mask == "boolean":
                 visible = visible & (tl.load(pointers, mask=visible, other=0) != 0)
             else:
@@ -231,7 +238,7 @@ def score_tile(raw, row, key, batch, head, slope, inputs, FEATURES: tl.constexpr
 
 
 @triton.jit
-def dot_visible(weight, x, visible, acc, PRECISION: tl.constexpr):
+def dot_visible(weight, x, visible, acc, FEATURES: tl.constexpr):
     """acc + weight @ x, weight [R, C] zero where not visible, x [C, D]: what is not visible cannot reach a row.
 
     In a product 0 · NaN = NaN, so lines of x that hold a NaN or an infinity are left out of it, and the rows that do see such a
@@ -239,7 +246,7 @@ def dot_visible(weight, x, visible, acc, PRECISION: tl.constexpr):
     """
     wide = x.to(tl.float32)
     broken = tl.max((wide - wide != 0.0).to(tl.int32), 1)  # [C]
-    acc = tl.dot(weight, tl.where(broken[:, None] > 0, 0.0, wide).to(x.dtype), acc, input_precision=PRECISION)
+    acc = tl.dot(weight, tl.where(broken[:, None] > 0, 0.0, wide).to(x.dtype), acc, input_precision=FEATURES.precision)
     poisoned = tl.max(visible.to(tl.int32) * broken[None, :], 1)  # [R]
     # Added, not selected: a select on an accumulator aborts Triton 3.9's compiler for sm_100.
     return acc + tl.where(poisoned > 0, float("nan"), 0.0)[:, None]

@@ -33,6 +33,26 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class AttentionTma:
+    """The kernel of ``attention_tma.py``: ``block_n`` keys a step, ``edge_n`` where not every row sees every key.
+
+    ``persistent``: one program per multiprocessor walks over the tiles, else one program a tile.
+    """
+
+    block_m: int
+    block_n: int
+    edge_n: int
+    num_warps: int
+    num_stages: int
+    persistent: bool
+
+
+@dataclass(frozen=True)
+class AttentionPortable:
+    """The kernel and tiles of ``attention_forward``, where one that needs more of the architecture could run."""
+
+
+@dataclass(frozen=True)
 class Norm:
     """``rows`` rows by ``columns`` columns a program; ``columns`` < N means the looped kernels."""
 
@@ -74,6 +94,13 @@ def arch_of_device(device: torch.device) -> Arch:
     return Arch("cuda", 10 * major + minor)
 
 
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Programs that run at once on ``tensor``'s device, at one per multiprocessor; in the interpreter a few that take turns."""
+    if tensor.device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def matmul_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 follows ``torch.set_float32_matmul_precision()`` as cuBLAS does.
 
@@ -109,12 +136,53 @@ def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arc
     if dtype == torch.float32:
         return Attention(32, 32, 8, 1)
     if extras:
-        return Attention(64, 32, 8, 2)
+        return Attention(64, 32, 8, 1 if head_dim > 128 and arch.number >= 100 else 2)
     if head_dim <= 64:
         return Attention(128, 64, 8, 3)
     if head_dim <= 128:
         return Attention(128, 64, 8, 3) if arch.number == 90 else Attention(128, 32, 8, 2)
     return Attention(64, 32, 8, 2)
+
+
+@choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH, windowed=BOTH)
+def attention_forward_sm90(
+    head_dim: int, dtype: torch.dtype, extras: bool, windowed: bool, arch: Arch
+) -> AttentionTma | AttentionPortable | None:
+    """Which forward kernel sm_90 and sm_100 run where it takes the call (``attention_tma.why_not``); None: the portable one.
+
+    ``windowed``: rows differ in how many keys they see. Then a program a tile, handed out by the hardware as others end: the
+    fixed shares of a persistent grid would differ by 15 to 30 % (causal, 1024 to 16384 rows on 132 multiprocessors). A persistent
+    grid costs one more tile of results in shared memory (its stores overlap the next tile) and about 30 registers, which 256
+    channels and sm_100 have not got; at 256 sm_100 spills with any. Blocks at the edge of what rows see pass their values through
+    registers (``dot_visible``), so they are narrower.
+    """
+    blackwell = arch.number >= 100
+    if arch.kind != "cuda" or not 90 <= arch.number < 120 or dtype == torch.float32 or head_dim < 64:
+        return None
+    if head_dim == 256:
+        return None if blackwell else AttentionTma(128, 64, 32, 8, 2, False)
+    keys = 64 if extras else 128
+    if blackwell:
+        return AttentionTma(128, keys, 32, 8, 2, False)
+    persistent = not windowed
+    edge = 32 if persistent and head_dim == 128 and not extras else 64
+    return AttentionTma(128, keys, edge, 8, 3 if head_dim == 64 else 2, persistent)
+
+
+@attention_forward_sm90.candidates
+def _tma_tiles(
+    head_dim: int, dtype: torch.dtype, extras: bool, windowed: bool, arch: Arch
+) -> Iterator[AttentionTma | AttentionPortable]:
+    """The portable kernel, other steps and stages, and the other grid."""
+    yield AttentionPortable()
+    if head_dim == 256:
+        yield AttentionTma(128, 32, 32, 8, 2, False)
+        return
+    for keys, stages in itertools.product((64,) if extras else (64, 128), (2, 3)):
+        if head_dim == 64 or (keys, stages) != (128, 3):
+            yield AttentionTma(128, keys, 32, 8, stages, False)
+            if arch.number < 100 and not windowed:
+                yield AttentionTma(128, keys, 32, 8, stages, True)
 
 
 @choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)

@@ -91,6 +91,18 @@ def attention(head_dim: int, dtype: str, extras: bool) -> None:
     _backward(*fastattn.attention(q, k, v, return_lse=True, implementation="triton", **options))
 
 
+@family(head_dim=configs.HEAD_DIMS, windowed=BOTH, extras=BOTH, keys=("own", "expanded"))
+def attention_forward(head_dim: int, windowed: bool, extras: bool, keys: str) -> None:
+    """Without mask and dropout, in which sm_90 and sm_100 have a kernel of their own; TMA cannot read expanded keys."""
+    q, k, v = (torch.zeros(1, 2, 256, head_dim, dtype=torch.bfloat16) for _ in range(3))
+    if keys == "expanded":
+        k = v = k[:, :1].expand(1, 2, 256, head_dim)
+    options: dict[str, Any] = {"causal": windowed}
+    if extras:
+        options |= {"softcap": 30.0, "alibi_slopes": torch.zeros(2), "sinks": torch.zeros(2)}
+    fastattn.attention(q, k, v, implementation="triton", **options)
+
+
 @family(columns=configs.NORM_COLUMNS, dtype=("bfloat16", "float32"), rms=BOTH)
 def norm(columns: int, dtype: str, rms: bool) -> None:
     """With residual, dropout and the residual's own gradient."""

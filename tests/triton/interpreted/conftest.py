@@ -14,7 +14,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 if INTERPRETING:
     tests = Path(__file__).resolve().parents[2]
-    sys.path[:0] = [str(tests), str(tests / "ops"), str(tests / "triton")]
+    sys.path[:0] = [str(tests / folder) for folder in ("", "ops", "triton", "triton/interpreted")]
     pytest.register_assert_rewrite("test_attention", "test_ffn", "test_norm", "tolerance")
     import interpreter_bf16
 
