@@ -7,6 +7,7 @@ nothing gives zeros.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -51,9 +52,11 @@ def _checked(wanted: plan.Check, device: str, implementation: str) -> Iterator[F
 def promises(groups: Sequence[str], device: str, implementation: str) -> Iterator[Found]:
     """A row per promise of the groups' operations."""
     found: dict[str, list[Callable[[torch.device, str], str]]] = {
-        "attention": [_attention_mask_bits, _attention_repeats, _blind_rows],
+        "attention": [_attention_mask_bits, _attention_repeats, _blind_rows, _cache, _cache_in_pages, _cache_appended],
         "norm": [_norm_mask_bits, _norm_repeats],
         "ffn": [_ffn_mask_bits],
+        "rope": [_rope_in_place],
+        "loss": [_loss_repeats],
     }
     for group in groups:
         for promise in found.get(group, ()):
@@ -132,6 +135,64 @@ def _blind_rows(device: torch.device, implementation: str) -> str:
     out, lse = fastattn.attention(q, k, k, causal=True, return_lse=True, implementation=implementation)
     good = not out[:, :, :130].any() and bool((lse[:, :, :130] == float("-inf")).all())
     return "" if good else "rows that see no key are not zero"
+
+
+def _cache(device: torch.device, implementation: str) -> str:
+    return _with_cache(device, implementation, paged=False, append=False)
+
+
+def _cache_in_pages(device: torch.device, implementation: str) -> str:
+    return _with_cache(device, implementation, paged=True, append=False)
+
+
+def _cache_appended(device: torch.device, implementation: str) -> str:
+    return _with_cache(device, implementation, paged=True, append=True)
+
+
+def _with_cache(device: torch.device, implementation: str, paged: bool, append: bool) -> str:
+    """Decoding, one and three new tokens of sequences of very different lengths, by the rule of ``check``."""
+    pages, size = (25, 16) if paged else (3, 400)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([399, 5, 130])
+    table = torch.randperm(75, generator=generator).view(3, pages).to(torch.int32) if paged else None
+    for dtype, rows in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 3)):
+        shapes = [(3, 8, rows, 64), *[(75 if paged else 3, 2, size, 64)] * 2, *[(3, 2, rows, 64)] * 2]
+        tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+        def call(name: str, wide: torch.dtype, given: Sequence[torch.Tensor] = tensors) -> torch.Tensor:
+            q, k_cache, v_cache, k, v = (x.to(wide, copy=True) for x in given)
+            new: dict[str, Any] = {"k": k, "v": v} if append else {}
+            out = fastattn.attention_with_kv_cache(
+                q, k_cache, v_cache, lengths, block_table=table, implementation=name, **new
+            )
+            assert isinstance(out, torch.Tensor)
+            return out.double()
+
+        exact, plain, actual = call("reference", torch.float64), call("reference", dtype), call(implementation, dtype)
+        allowed = check.bound(check.largest(plain - exact), exact, dtype, 400)
+        error = check.largest(actual - exact)
+        if not error <= allowed:
+            return f"{dtype}, {rows} rows: error {error:.1e} > {allowed:.1e}"
+    return ""
+
+
+def _rope_in_place(device: torch.device, implementation: str) -> str:
+    x = torch.randn(2, 3, 37, 64, device=device)
+    cos, sin = (torch.randn(37, 32, device=device) for _ in range(2))
+    out = fastattn.rope(x, cos, sin, implementation=implementation)
+    fastattn.rope(x, cos, sin, inplace=True, implementation=implementation)
+    return "" if torch.equal(out, x) else "in place differs"
+
+
+def _loss_repeats(device: torch.device, implementation: str) -> str:
+    def call() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(*s, generator=generator).to(device).requires_grad_() for s in ((99, 64), (1031, 64)))
+        target = torch.randint(0, 1031, (99,), generator=generator).to(device)
+        loss = fastattn.linear_cross_entropy(x, weight, target, implementation=implementation)
+        return [loss, *torch.autograd.grad(loss, (x, weight))]
+
+    return _differences(call)
 
 
 def run(arguments: Sequence[str], processes: int, seconds: float) -> tuple[list[Found], bool]:
