@@ -73,6 +73,16 @@ class Matmul:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """``tokens`` positions of ``heads`` heads by ``pairs`` pairs of channels a program."""
+
+    tokens: int
+    heads: int
+    pairs: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class ColumnSum:
     block_m: int
     block_n: int
@@ -300,6 +310,21 @@ def _norm_tiles(columns: int) -> Iterator[Norm]:
     if 8192 <= columns <= 32768:
         yield from (Norm(1, columns, warps) for warps in (8, 16, 32))
         yield from (Norm(1, block, warps) for block in (2048, 4096) for warps in (4, 8, 16))
+
+
+@choice(pairs=(16, 32, 64, 128), heads=(1, 4, 16))
+def rope(pairs: int, heads: int, arch: Arch) -> Rope:
+    """About 1024 pairs a program: 8 a thread, two loads of 16 bytes in 16 bits. Heads come first, they share the angles; what is
+    left are positions. More pairs than 128 (head_dim 256) are more programs."""
+    together = min(heads, 1024 // pairs)
+    return Rope(1024 // (pairs * together), together, pairs, 4)
+
+
+@rope.candidates
+def _rope_tiles(pairs: int, heads: int, arch: Arch) -> Iterator[Rope]:
+    for elements, warps in itertools.product((512, 1024, 2048, 4096), (2, 4, 8)):
+        for together in {min(heads, elements // pairs), min(heads, 4), 1}:
+            yield Rope(elements // (pairs * together), together, pairs, warps)
 
 
 @choice()

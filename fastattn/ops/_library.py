@@ -279,6 +279,8 @@ TRITON_OPS = {
     "attention_backward": "attention",
     "norm_forward": "norm",
     "norm_backward": "norm",
+    "rope": "rope",
+    "rope_": "rope",
     "ffn_forward": "ffn",
     "ffn_backward": "ffn",
 }

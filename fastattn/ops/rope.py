@@ -10,13 +10,15 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import REFUSALS, apply, forward_mode, records, wants_gradient
-from fastattn.ops._select import choose, cpu_in_short
+from fastattn.ops._select import choose, cpu_in_short, triton_dtype
 from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["rope"]
 
 _rotate = torch.ops.fastattn.rope.default
 _rotate_inplace = torch.ops.fastattn.rope_.default
+_triton_rotate = torch.ops.fastattn.triton_rope.default
+_triton_rotate_inplace = torch.ops.fastattn.triton_rope_.default
 
 
 class _Rope(torch.autograd.Function):
@@ -25,12 +27,12 @@ class _Rope(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool) -> Tensor:
-        return _rotate(x, cos, sin, interleaved, conjugate)
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool, triton: bool) -> Tensor:
+        return (_triton_rotate if triton else _rotate)(x, cos, sin, interleaved, conjugate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, cos, sin, ctx.interleaved, ctx.conjugate = inputs
+        _, cos, sin, ctx.interleaved, ctx.conjugate, ctx.triton = inputs
         ctx.save_for_backward(cos, sin)
         if forward_mode():
             ctx.save_for_forward(cos, sin)
@@ -39,8 +41,8 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        rotate = _Rope.apply if torch.is_grad_enabled() else _rotate
-        return rotate(dy, cos, sin, ctx.interleaved, not ctx.conjugate), None, None, None, None
+        rotate = _Rope.apply if torch.is_grad_enabled() else _Rope.forward
+        return rotate(dy, cos, sin, ctx.interleaved, not ctx.conjugate, ctx.triton), *[None] * 5
 
 
 class _RopeDual(_Rope):
@@ -49,7 +51,7 @@ class _RopeDual(_Rope):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dcos: Any, dsin: Any, *_: Any) -> Tensor:
         cos, sin = ctx.saved_tensors
-        return _rotate(dx.contiguous(), cos, sin, ctx.interleaved, ctx.conjugate)
+        return _Rope.forward(dx.contiguous(), cos, sin, ctx.interleaved, ctx.conjugate, ctx.triton)
 
 
 def rope(
@@ -72,7 +74,7 @@ def rope(
             constants: asking for their gradient raises.
         interleaved: pairs of neighbours (GPT-J, the original Llama weights) instead of halves (GPT-NeoX, transformers' Llama).
         inplace: overwrite x and return it. Refused where x requires a gradient, or where its elements share memory.
-        implementation: auto | cpu | reference.
+        implementation: auto | triton | cpu | reference.
 
     Returns:
         The rotated tensor, (B, H, N, D) in x's dtype and memory order. Its gradient is the rotation by the opposite angle.
@@ -102,24 +104,26 @@ def rope(
     if inplace:
         _check_inplace(x)
 
-    chosen = choose("rope", implementation, x.device, {"cpu": lambda: None})
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_dtype(x.dtype)}
+    chosen = choose("rope", implementation, x.device, why_not)
     if chosen == "reference":
         y = reference.rope(x, cos, sin, interleaved=interleaved)
         return x.copy_(y) if inplace else y
     accumulate = accumulation_dtype(x.dtype)
-    angles = [(a if a.dim() == 3 else a.unsqueeze(0)).to(accumulate).contiguous() for a in (cos, sin)]
+    cos, sin = ((a if a.dim() == 3 else a.unsqueeze(0)).to(accumulate).contiguous() for a in (cos, sin))
+    triton = chosen == "triton"
     if inplace and x.stride(-1) == 1:
-        _rotate_inplace(x, *angles, interleaved, False)
+        (_triton_rotate_inplace if triton else _rotate_inplace)(x, cos, sin, interleaved, False)
         if not torch.compiler.is_compiling():  # a compiled graph functionalizes the operator
             torch.autograd.graph.increment_version(x)
         return x
     if inplace:
-        return x.copy_(_rotate(x.contiguous(), *angles, interleaved, False))
+        return x.copy_(_Rope.forward(x.contiguous(), cos, sin, interleaved, False, triton))
     if x.stride(-1) != 1:
         x = x.contiguous()
     if wants_gradient(x):
-        return apply(_RopeDual if forward_mode() else _Rope, x, *angles, interleaved, False)
-    return _rotate(x, *angles, interleaved, False)
+        return apply(_RopeDual if forward_mode() else _Rope, x, cos, sin, interleaved, False, triton)
+    return _Rope.forward(x, cos, sin, interleaved, False, triton)
 
 
 def _in_short(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: bool) -> Tensor | None:
@@ -132,7 +136,7 @@ def _in_short(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: b
         if cos.dim() == 2 and sin.dim() == 2:
             cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
         if recorded:
-            return None if inplace else apply(_Rope, x, cos, sin, interleaved, False)
+            return None if inplace else apply(_Rope, x, cos, sin, interleaved, False, False)
         if not inplace:
             return _rotate(x, cos, sin, interleaved, False)
         if 0 in x.stride():

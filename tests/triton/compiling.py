@@ -30,7 +30,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Multiply-accumulate instructions of the tensor cores, loads by the tensor memory accelerator, local memory (spills).
 _INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDL", "STL")
 #: Compile-time arguments that are part of a configuration.
-_TILE = re.compile(r"BLOCK|ROWS|COLUMNS|SPLITS|STAGES|CHUNK")
+_TILE = re.compile(r"BLOCK|ROWS|COLUMNS|TOKENS|HEADS|SPLITS|STAGES|CHUNK")
 
 
 class _Driver:

@@ -126,3 +126,12 @@ def ffn(activation: str, dtype: str) -> None:
         _backward(fastattn.ffn(x, first, second, b, b, **options))
     else:
         _backward(fastattn.glu_ffn(x, first, second, third, b, b, b, **options))
+
+
+@family(head_dim=(32, 64, 128, 256), heads=(1, 4, 16), dtype=("bfloat16", "float32"), interleaved=BOTH)
+def rope(head_dim: int, heads: int, dtype: str, interleaved: bool) -> None:
+    """A quarter of the channels is copied in the widest; heads lie as in a QKV product."""
+    rotated = 192 if head_dim == 256 else head_dim
+    x = _empty(2, 64, heads, head_dim, dtype=dtype).transpose(1, 2)
+    angles = torch.zeros(64, rotated // 2)
+    _backward(fastattn.rope(x, angles, angles, interleaved=interleaved, implementation="triton"))
