@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels import attention_tma, configs
-from fastattn.kernels.attention_backward import launch_backward, mask_gradient
+from fastattn.kernels.attention_backward import launch_backward, mask_gradient, sequence_sums
 from fastattn.kernels.attention_forward import launch_forward
 from fastattn.kernels.attention_score import Score, prepare, unit_last_stride
 
@@ -39,13 +39,22 @@ def attention_forward(
     softcap: float,
     dropout_p: float,
     rng_state: Tensor | None,
+    sequences: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (B, H, Nq, Dv) in q's dtype and memory order, lse (B, H, Nq) float32, statistics: not kept here)."""
+    """(out (B, H, Nq, Dv) in q's dtype and memory order, lse (B, H, Nq) float32, statistics: not kept here).
+
+    ``sequences`` and ``block_table`` are read on the tensors' device; packed sequences lie one after the other."""
     out = _output_like(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if lse.numel():
+    if sequences is not None:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if lse.numel() and (sequences is None or sequences.shape[0]):
         score = Score(softmax_scale, softcap, window_left, window_right, diagonal)
-        inputs, features = prepare(q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state)
+        inputs, features = prepare(
+            q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state, sequences, block_table
+        )
         config = attention_tma.chosen(inputs, features, configs.arch_of(q))
         if config is None:
             launch_forward(inputs, features, out, lse)
@@ -75,32 +84,36 @@ def attention_backward(
     mask_grad: bool,
     slopes_grad: bool,
     sinks_grad: bool,
+    sequences: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dmask, dslopes, dsinks); the last three are (0,) unless asked for. No atomics: two runs give the same bits."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    # What no sequence has gets no gradient.
+    new = torch.empty_like if sequences is None else torch.zeros_like
+    dq, dk, dv = (new(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     nothing = q.new_empty(0)
     dmask = torch.empty_like(attn_mask, memory_format=torch.contiguous_format) if mask_grad else nothing
     dslopes = torch.empty_like(alibi_slopes) if slopes_grad else nothing
     dsinks = torch.empty_like(sinks) if sinks_grad else nothing
-    if lse.numel() == 0 or k.shape[2] == 0:
-        for gradient in (dq, dk, dv, dmask, dslopes):
+    if lse.numel() == 0 or k.shape[2] == 0 or (sequences is not None and sequences.shape[0] == 0):
+        for gradient in (dq, dk, dv, dmask, dslopes, dsinks):
             gradient.zero_()
-        if sinks_grad:
-            # Without keys lse is the sink itself.
-            dsinks.copy_(dlse.sum((0, 2)) if dlse is not None and k.shape[2] == 0 else torch.zeros_like(dsinks))
+        if sinks_grad and dlse is not None:
+            # Without keys lse is the sink itself, of rows that are a sequence's.
+            dsinks.copy_(torch.where(lse == float("-inf"), 0.0, dlse).sum((0, 2)))
         return dq, dk, dv, dmask, dslopes, dsinks
 
     score = Score(softmax_scale, softcap, window_left, window_right, diagonal)
-    inputs, features = prepare(q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state)
+    inputs, features = prepare(q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state, sequences, None)
     dout, out = unit_last_stride(dout), unit_last_stride(out)
     delta, slopes_rows = launch_backward(inputs, features, dout, dlse, out, lse, (dq, dk, dv), slopes_grad)
     if mask_grad:
         mask_gradient(inputs, features, dout, lse, delta, dmask)
     if slopes_grad:
-        per_head = slopes_rows.sum(2)
+        per_head = sequence_sums(inputs, features, slopes_rows)
         dslopes.copy_(per_head if alibi_slopes.shape[0] > 1 else per_head.sum(0, keepdim=True))
     if sinks_grad:
         # The sink's probability in a row is exp(sink - lse); a row that sees nothing but a sink of -inf has none.
-        share = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks[None, :, None] - lse))
-        dsinks.copy_(-(share * delta).sum((0, 2)))
+        share = torch.exp(sinks[None, :, None] - lse) * delta
+        dsinks.copy_(-torch.where(lse == float("-inf"), 0.0, share).sum((0, 2)))
     return dq, dk, dv, dmask, dslopes, dsinks

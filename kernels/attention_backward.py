@@ -22,11 +22,18 @@ from fastattn.kernels.attention_score import (
     edge_count,
     edge_start,
     keep_pairs,
+    key_programs,
+    keys_of_program,
+    line_of,
     load_rows,
     mask_operand,
     operand,
+    place_of,
+    row_programs,
+    rows_of_program,
     score_tile,
     store_rows,
+    visible_range,
     visit_range,
 )
 
@@ -35,14 +42,14 @@ from fastattn.kernels.attention_score import (
 def attention_delta_kernel(
     out, dout, dlse, delta, sizes, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """delta[b, h, i] = Σ_d dout · out - dlse, float32 contiguous. Grid: (row blocks · H · B,)."""
+    """delta[b, h, i] = Σ_d dout · out - dlse, float32 contiguous, of all rows that there are. Grid: (row blocks · H · B,)."""
     blocks = tl.cdiv(sizes.rows, BLOCK_M)
     program = tl.program_id(0)
     row_start = program % blocks * BLOCK_M
     head = program // blocks % sizes.heads
     batch = program // blocks // sizes.heads
-    o = load_rows(out, batch, head, row_start, sizes.rows, BLOCK_M, DIM, BLOCK_DIM, True).to(tl.float32)
-    do = load_rows(dout, batch, head, row_start, sizes.rows, BLOCK_M, DIM, BLOCK_DIM, True).to(tl.float32)
+    o = load_rows(out, batch, head, 0, row_start, sizes.rows, BLOCK_M, DIM, BLOCK_DIM, True).to(tl.float32)
+    do = load_rows(dout, batch, head, 0, row_start, sizes.rows, BLOCK_M, DIM, BLOCK_DIM, True).to(tl.float32)
     total = tl.sum(o * do, 1)
     row = row_start + tl.arange(0, BLOCK_M)
     line = (tl.cast(batch, tl.int64) * sizes.heads + head) * sizes.rows
@@ -52,15 +59,27 @@ def attention_delta_kernel(
 
 
 @triton.jit
+def attention_sequence_sum_kernel(x, total, inputs, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """total[s, h] = Σ of x (B, H, Nq) over the rows of sequence s, in order. Grid: (H, sequences)."""
+    place = place_of(tl.program_id(1), inputs, FEATURES)
+    line = line_of(place, tl.program_id(0), inputs)
+    lane = tl.arange(0, BLOCK_M)
+    partial = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.range(0, place.rows, BLOCK_M):
+        partial += tl.load(x + line + start + lane, mask=start + lane < place.rows, other=0.0)
+    tl.store(total + tl.program_id(1) * inputs.sizes.heads + tl.program_id(0), tl.sum(partial, 0))
+
+
+@triton.jit
 def _pair_gradient(
-    raw, dp, lse, delta, keep, row, key, batch, head, slope, inputs, FEATURES: tl.constexpr, MASKED: tl.constexpr
+    raw, dp, lse, delta, keep, row, key, place, head, slope, inputs, FEATURES: tl.constexpr, MASKED: tl.constexpr
 ):
     """From raw = q·k and dp = dout·v, float32 tiles of either orientation (``lse``, ``delta``, ``row``, ``key`` broadcast to
     them):
 
     (P z without z's scale, dS at the mask, dS' at the raw score, visible).
     """
-    s, capped, visible = score_tile(raw, row, key, batch, head, slope, inputs, FEATURES, MASKED)
+    s, capped, visible = score_tile(raw, row, key, place, head, slope, inputs, FEATURES, MASKED)
     p = tl.math.exp2((s - lse) * LOG2E)
     if MASKED:
         p = tl.where(visible, p, 0.0)
@@ -81,7 +100,7 @@ def _pair_gradient(
 
 @triton.jit
 def _queries_step(
-    dq, dslope, q, do, lse, delta, row_start, visit, batch, head, slope, inputs,
+    dq, dslope, q, do, lse, delta, row_start, visit, place, head, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, SLOPES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the full blocks of keys of ``visit`` (or with MASKED the others) to dq [BLOCK_M, block_d], unscaled, and dslope."""
@@ -93,18 +112,20 @@ def _queries_step(
         start = edge_start(index, begin, full_begin, full_end, BLOCK_N) if MASKED else full_begin + index * BLOCK_N
         # [BLOCK_N, block_d], [BLOCK_N, block_dv]
         k = load_rows(
-            inputs.k, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, MASKED
-        )
+            inputs.k, place.sequence, head_k, place.key_first, start, place.keys,
+            BLOCK_N, FEATURES.head_dim, FEATURES.block_d, MASKED,
+        )  # fmt: skip
         v = load_rows(
-            inputs.v, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED
-        )
+            inputs.v, place.sequence, head_k, place.key_first, start, place.keys,
+            BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED,
+        )  # fmt: skip
         key = start + tl.arange(0, BLOCK_N)
         # [BLOCK_M, BLOCK_N]
         raw = tl.dot(q, tl.trans(k), input_precision=FEATURES.precision)
         dp = tl.dot(do, tl.trans(v), input_precision=FEATURES.precision)
         keep = True
         if FEATURES.dropout:
-            keep = keep_pairs(row, start, batch, head, inputs, BLOCK_M, BLOCK_N)
+            keep = keep_pairs(row, start, place, head, inputs, BLOCK_M, BLOCK_N)
         _, ds, ds_raw, visible = _pair_gradient(
             raw,
             dp,
@@ -113,7 +134,7 @@ def _queries_step(
             keep,
             row[:, None],
             key[None, :],
-            batch,
+            place,
             head,
             slope,
             inputs,
@@ -121,7 +142,7 @@ def _queries_step(
             MASKED,
         )
         if SLOPES:
-            distance = tl.abs(row[:, None] + inputs.score.diagonal - key[None, :]).to(tl.float32)
+            distance = tl.abs(row[:, None] + place.diagonal - key[None, :]).to(tl.float32)
             dslope -= tl.sum(ds * distance, 1)
         if MASKED:
             dq = dot_visible(ds_raw.to(k.dtype), k, visible, dq, FEATURES)
@@ -135,89 +156,82 @@ def attention_backward_queries_kernel(
     inputs, dout, lse, delta, dq, dslopes,
     FEATURES: tl.constexpr, SLOPES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, H, Nq, D) and, with SLOPES, dslopes (B, H, Nq) float32: each row's part. Grid: (row blocks · H · B,)."""
-    blocks = tl.cdiv(inputs.sizes.rows, BLOCK_M)
-    program = tl.program_id(0)
-    row_start = (blocks - 1 - program % blocks) * BLOCK_M
-    head = program // blocks % inputs.sizes.heads
-    batch = program // blocks // inputs.sizes.heads
-    row_last = tl.minimum(row_start + BLOCK_M, inputs.sizes.rows) - 1
+    """dq (B, H, Nq, D) and, with SLOPES, dslopes (B, H, Nq) float32: each row's part. Grid: ``row_programs``."""
+    place, head, row_start = rows_of_program(inputs, FEATURES, BLOCK_M)
+    if row_start >= place.rows:
+        return
     row = row_start + tl.arange(0, BLOCK_M)
-    line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
+    row_last = tl.minimum(row_start + BLOCK_M, place.rows) - 1
+    line = line_of(place, head, inputs)
 
     q = load_rows(
-        inputs.q, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True
-    )
+        inputs.q, place.sequence, head, place.row_first, row_start, place.rows,
+        BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True,
+    )  # fmt: skip
     do = load_rows(
-        dout, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, True
-    )
-    lse_row = tl.load(lse + line + row, mask=row < inputs.sizes.rows, other=0.0)
-    delta_row = tl.load(delta + line + row, mask=row < inputs.sizes.rows, other=0.0)
+        dout, place.sequence, head, place.row_first, row_start, place.rows,
+        BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, True,
+    )  # fmt: skip
+    lse_row = tl.load(lse + line + row, mask=row < place.rows, other=0.0)
+    delta_row = tl.load(delta + line + row, mask=row < place.rows, other=0.0)
     slope = 0.0
     if FEATURES.alibi:
-        slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
+        slope = tl.load(inputs.slopes + place.sequence * inputs.slopes_batch + head)
     gradient = tl.full([BLOCK_M, FEATURES.block_d], 0.0, tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
 
-    before = inputs.score.left - inputs.score.diagonal
-    after = inputs.score.right + inputs.score.diagonal
-    visit = visit_range(
-        row_start,
-        row_last,
-        inputs.sizes.keys,
-        before,
-        after,
-        BLOCK_N,
-        FEATURES.left,
-        FEATURES.right,
-        FEATURES.mask != "none",
-    )
+    visit = visible_range(row_start, row_last, place, inputs, FEATURES, BLOCK_N)
     if FEATURES.mask == "none":
         gradient, dslope = _queries_step(
-            gradient, dslope, q, do, lse_row, delta_row, row_start, visit, batch, head, slope, inputs,
+            gradient, dslope, q, do, lse_row, delta_row, row_start, visit, place, head, slope, inputs,
             FEATURES, False, SLOPES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     gradient, dslope = _queries_step(
-        gradient, dslope, q, do, lse_row, delta_row, row_start, visit, batch, head, slope, inputs,
+        gradient, dslope, q, do, lse_row, delta_row, row_start, visit, place, head, slope, inputs,
         FEATURES, True, SLOPES, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     gradient = gradient * inputs.score.scale
-    store_rows(dq, batch, head, row_start, inputs.sizes.rows, gradient, BLOCK_M, FEATURES.head_dim, FEATURES.block_d)
+    store_rows(
+        dq, place.sequence, head, place.row_first, row_start, place.rows,
+        gradient, BLOCK_M, FEATURES.head_dim, FEATURES.block_d,
+    )  # fmt: skip
     if SLOPES:
-        tl.store(dslopes + line + row, dslope, mask=row < inputs.sizes.rows)
+        tl.store(dslopes + line + row, dslope, mask=row < place.rows)
 
 
 @triton.jit
 def _keys_step(
-    dk, dv, k, v, dout, lse, delta, key_start, visit, batch, head, slope, inputs,
+    dk, dv, k, v, dout, lse, delta, key_start, visit, place, head, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add full blocks of rows of query head ``head`` (or with MASKED the others) to dk [BLOCK_N, block_d], unscaled, and dv."""
     begin, full_begin, full_end, end = visit
     key = key_start + tl.arange(0, BLOCK_N)
-    line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
+    line = line_of(place, head, inputs)
     blocks = edge_count(begin, full_begin, full_end, end, BLOCK_M) if MASKED else (full_end - full_begin) // BLOCK_M
     for index in tl.range(0, blocks):
         start = edge_start(index, begin, full_begin, full_end, BLOCK_M) if MASKED else full_begin + index * BLOCK_M
         row = start + tl.arange(0, BLOCK_M)
         # [BLOCK_M, block_d], [BLOCK_M, block_dv]
         q = load_rows(
-            inputs.q, batch, head, start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, MASKED
-        )
+            inputs.q, place.sequence, head, place.row_first, start, place.rows,
+            BLOCK_M, FEATURES.head_dim, FEATURES.block_d, MASKED,
+        )  # fmt: skip
         do = load_rows(
-            dout, batch, head, start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, MASKED
-        )
-        lse_row = tl.load(lse + line + row, mask=row < inputs.sizes.rows, other=0.0)
-        delta_row = tl.load(delta + line + row, mask=row < inputs.sizes.rows, other=0.0)
+            dout, place.sequence, head, place.row_first, start, place.rows,
+            BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, MASKED,
+        )  # fmt: skip
+        lse_row = tl.load(lse + line + row, mask=row < place.rows, other=0.0)
+        delta_row = tl.load(delta + line + row, mask=row < place.rows, other=0.0)
         # [BLOCK_N, BLOCK_M]
         raw = tl.dot(k, tl.trans(q), input_precision=FEATURES.precision)
         dp = tl.dot(v, tl.trans(do), input_precision=FEATURES.precision)
         keep = True
         if FEATURES.dropout:
-            keep = tl.trans(keep_pairs(row, key_start, batch, head, inputs, BLOCK_M, BLOCK_N))
+            keep = tl.trans(keep_pairs(row, key_start, place, head, inputs, BLOCK_M, BLOCK_N))
         p, _, ds, _ = _pair_gradient(
-            raw, dp, lse_row[None, :], delta_row[None, :], keep, row[None, :], key[:, None], batch, head, slope, inputs,
+            raw, dp, lse_row[None, :], delta_row[None, :], keep, row[None, :], key[:, None], place, head, slope, inputs,
             FEATURES, MASKED,
         )  # fmt: skip
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=FEATURES.precision)
@@ -229,57 +243,53 @@ def _keys_step(
 def attention_backward_keys_kernel(
     inputs, dout, lse, delta, dk, dv, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """dk (B, Hk, Nk, D) and dv (B, Hk, Nk, Dv), summed over the group of query heads. Grid: (key blocks · Hk · B,)."""
-    blocks = tl.cdiv(inputs.sizes.keys, BLOCK_N)
-    heads_k = inputs.sizes.heads // inputs.sizes.group
-    program = tl.program_id(0)
-    key_start = program % blocks * BLOCK_N
-    head_k = program // blocks % heads_k
-    batch = program // blocks // heads_k
-    key_last = tl.minimum(key_start + BLOCK_N, inputs.sizes.keys) - 1
+    """dk (B, Hk, Nk, D) and dv (B, Hk, Nk, Dv), summed over the group of query heads. Grid: ``key_programs``."""
+    place, head_k, key_start = keys_of_program(inputs, FEATURES, BLOCK_N)
+    if key_start >= place.keys:
+        return
+    key_last = tl.minimum(key_start + BLOCK_N, place.keys) - 1
 
     k = load_rows(
-        inputs.k, batch, head_k, key_start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, True
-    )
+        inputs.k, place.sequence, head_k, place.key_first, key_start, place.keys,
+        BLOCK_N, FEATURES.head_dim, FEATURES.block_d, True,
+    )  # fmt: skip
     v = load_rows(
-        inputs.v, batch, head_k, key_start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True
-    )
+        inputs.v, place.sequence, head_k, place.key_first, key_start, place.keys,
+        BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True,
+    )  # fmt: skip
     dk_sum = tl.full([BLOCK_N, FEATURES.block_d], 0.0, tl.float32)
     dv_sum = tl.full([BLOCK_N, FEATURES.block_dv], 0.0, tl.float32)
     # Key j is seen by rows j - diagonal - right .. j - diagonal + left.
-    before = inputs.score.right + inputs.score.diagonal
-    after = inputs.score.left - inputs.score.diagonal
-    visit = visit_range(
-        key_start,
-        key_last,
-        inputs.sizes.rows,
-        before,
-        after,
-        BLOCK_M,
-        FEATURES.right,
-        FEATURES.left,
-        FEATURES.mask != "none",
-    )
+    before = inputs.score.right + place.diagonal
+    after = inputs.score.left - place.diagonal
+    masked: tl.constexpr = FEATURES.mask != "none"
+    visit = visit_range(key_start, key_last, place.rows, before, after, BLOCK_M, FEATURES.right, FEATURES.left, masked)
     for member in tl.range(0, inputs.sizes.group):
         head = head_k * inputs.sizes.group + member
         slope = 0.0
         if FEATURES.alibi:
-            slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
+            slope = tl.load(inputs.slopes + place.sequence * inputs.slopes_batch + head)
         if FEATURES.mask == "none":
             dk_sum, dv_sum = _keys_step(
-                dk_sum, dv_sum, k, v, dout, lse, delta, key_start, visit, batch, head, slope, inputs,
+                dk_sum, dv_sum, k, v, dout, lse, delta, key_start, visit, place, head, slope, inputs,
                 FEATURES, False, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         dk_sum, dv_sum = _keys_step(
-            dk_sum, dv_sum, k, v, dout, lse, delta, key_start, visit, batch, head, slope, inputs,
+            dk_sum, dv_sum, k, v, dout, lse, delta, key_start, visit, place, head, slope, inputs,
             FEATURES, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
     dk_sum = dk_sum * inputs.score.scale
     if FEATURES.dropout:
         dv_sum = dv_sum * inputs.dropout.scale
-    store_rows(dk, batch, head_k, key_start, inputs.sizes.keys, dk_sum, BLOCK_N, FEATURES.head_dim, FEATURES.block_d)
-    store_rows(dv, batch, head_k, key_start, inputs.sizes.keys, dv_sum, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv)
+    store_rows(
+        dk, place.sequence, head_k, place.key_first, key_start, place.keys,
+        dk_sum, BLOCK_N, FEATURES.head_dim, FEATURES.block_d,
+    )  # fmt: skip
+    store_rows(
+        dv, place.sequence, head_k, place.key_first, key_start, place.keys,
+        dv_sum, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -303,33 +313,30 @@ def attention_mask_gradient_kernel(
         head = tl.program_id(1) + step // (sum_key * sum_row) % sum_head
         batch = tl.program_id(2) + step // (sum_key * sum_row * sum_head)
         head_k = head // inputs.sizes.group
+        place = place_of(batch, inputs, FEATURES)
         row = start_m + tl.arange(0, BLOCK_M)
         key = start_n + tl.arange(0, BLOCK_N)
-        q = load_rows(
-            inputs.q, batch, head, start_m, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True
-        )
+        q = load_rows(inputs.q, batch, head, 0, start_m, place.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True)
         k = load_rows(
-            inputs.k, batch, head_k, start_n, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, True
+            inputs.k, batch, head_k, 0, start_n, place.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, True
         )
         raw = tl.dot(q, tl.trans(k), input_precision=FEATURES.precision)
-        do = load_rows(
-            dout, batch, head, start_m, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, True
-        )
+        do = load_rows(dout, batch, head, 0, start_m, place.rows, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv, True)
         v = load_rows(
-            inputs.v, batch, head_k, start_n, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True
+            inputs.v, batch, head_k, 0, start_n, place.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, True
         )
         dp = tl.dot(do, tl.trans(v), input_precision=FEATURES.precision)
-        line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
-        lse_row = tl.load(lse + line + row, mask=row < inputs.sizes.rows, other=0.0)
-        delta_row = tl.load(delta + line + row, mask=row < inputs.sizes.rows, other=0.0)
+        line = line_of(place, head, inputs)
+        lse_row = tl.load(lse + line + row, mask=row < place.rows, other=0.0)
+        delta_row = tl.load(delta + line + row, mask=row < place.rows, other=0.0)
         slope = 0.0
         if FEATURES.alibi:
             slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
         keep = True
         if FEATURES.dropout:
-            keep = keep_pairs(row, start_n, batch, head, inputs, BLOCK_M, BLOCK_N)
+            keep = keep_pairs(row, start_n, place, head, inputs, BLOCK_M, BLOCK_N)
         _, ds, _, _ = _pair_gradient(
-            raw, dp, lse_row[:, None], delta_row[:, None], keep, row[:, None], key[None, :], batch, head, slope, inputs,
+            raw, dp, lse_row[:, None], delta_row[:, None], keep, row[:, None], key[None, :], place, head, slope, inputs,
             FEATURES, True,
         )  # fmt: skip
         total += ds
@@ -383,13 +390,13 @@ def launch_backward(
         num_warps=4,
     )
     config = configs.attention_backward_keys(widest, dtype, features.extras, arch)
-    attention_backward_keys_kernel[(triton.cdiv(dk.shape[2], config.block_n) * dk.shape[1] * batch,)](
+    attention_backward_keys_kernel[(key_programs(inputs, features, config.block_n),)](
         inputs=inputs,
-        dout=operand(dout),
+        dout=operand(dout, features.q_packed),
         lse=lse,
         delta=delta,
-        dk=operand(dk),
-        dv=operand(dv),
+        dk=operand(dk, features.k_packed),
+        dv=operand(dv, features.k_packed),
         FEATURES=features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -397,12 +404,12 @@ def launch_backward(
         num_stages=config.num_stages,
     )
     config = configs.attention_backward_queries(widest, dtype, features.extras, arch)
-    attention_backward_queries_kernel[(triton.cdiv(rows, config.block_m) * heads * batch,)](
+    attention_backward_queries_kernel[(row_programs(inputs, features, config.block_m),)](
         inputs=inputs,
-        dout=operand(dout),
+        dout=operand(dout, features.q_packed),
         lse=lse,
         delta=delta,
-        dq=operand(dq),
+        dq=operand(dq, features.q_packed),
         dslopes=slopes_rows if slopes_grad else None,
         FEATURES=features,
         SLOPES=slopes_grad,
@@ -412,6 +419,16 @@ def launch_backward(
         num_stages=config.num_stages,
     )
     return delta, slopes_rows
+
+
+def sequence_sums(inputs: Inputs, features: Features, x: torch.Tensor) -> torch.Tensor:
+    """(sequences, H): the sums of x (B, H, Nq) float32 contiguous over each sequence's rows."""
+    count = inputs.sequences.count if inputs.sequences is not None else x.shape[0]
+    total = x.new_empty(count, x.shape[1])
+    attention_sequence_sum_kernel[(x.shape[1], count)](
+        x=x, total=total, inputs=inputs, FEATURES=features, BLOCK_M=1024, num_warps=4
+    )
+    return total
 
 
 def mask_gradient(

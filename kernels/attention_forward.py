@@ -23,22 +23,26 @@ from fastattn.kernels.attention_score import (
     edge_count,
     edge_start,
     keep_pairs,
+    line_of,
+    load_keys,
     load_rows,
     operand,
+    row_programs,
+    rows_of_program,
     score_tile,
     store_rows,
-    visit_range,
+    visible_range,
 )
 
 
 @triton.jit
 def fold_keys(
-    acc, l, m, raw, v, row, start, batch, head, slope, inputs,
+    acc, l, m, raw, v, row, start, place, head, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: raw = q·k [BLOCK_M, BLOCK_N] of keys from ``start`` on, their v [BLOCK_N, block_dv]."""
     key = start + tl.arange(0, BLOCK_N)
-    s, _, visible = score_tile(raw, row[:, None], key[None, :], batch, head, slope, inputs, FEATURES, MASKED)
+    s, _, visible = score_tile(raw, row[:, None], key[None, :], place, head, slope, inputs, FEATURES, MASKED)
     s = s * LOG2E
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
@@ -50,7 +54,7 @@ def fold_keys(
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     if FEATURES.dropout:
-        p = tl.where(keep_pairs(row, start, batch, head, inputs, BLOCK_M, BLOCK_N), p, 0.0)
+        p = tl.where(keep_pairs(row, start, place, head, inputs, BLOCK_M, BLOCK_N), p, 0.0)
     if MASKED:
         acc = dot_visible(p.to(v.dtype), v, visible, acc, FEATURES)
     else:
@@ -78,83 +82,76 @@ def last_sums(acc, l, m):
 
 
 @triton.jit
-def visible_range(row_start, inputs, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """``visit_range`` of the keys that rows row_start .. row_start + BLOCK_M see."""
-    row_last = tl.minimum(row_start + BLOCK_M, inputs.sizes.rows) - 1
-    before = inputs.score.left - inputs.score.diagonal
-    after = inputs.score.right + inputs.score.diagonal
-    masked: tl.constexpr = FEATURES.mask != "none"
-    return visit_range(
-        row_start, row_last, inputs.sizes.keys, before, after, BLOCK_N, FEATURES.left, FEATURES.right, masked
-    )
-
-
-@triton.jit
-def _attend(
-    acc, l, m, q, row_start, visit, batch, head, slope, inputs,
+def attend(
+    acc, l, m, q, row, visit, place, head, head_k, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Fold the full blocks of keys of ``visit`` (or with MASKED the others) into acc [BLOCK_M, block_dv], l and m [BLOCK_M]."""
+    """Fold the full blocks of keys of ``visit`` (or with MASKED the others) into acc [BLOCK_M, block_dv], l and m [BLOCK_M].
+
+    row int32 [BLOCK_M]; head and slope are scalars or [BLOCK_M, 1]; all heads read ``head_k``."""
     begin, full_begin, full_end, end = visit
-    row = row_start + tl.arange(0, BLOCK_M)
-    head_k = head // inputs.sizes.group
+    fresh_k = inputs.fresh.k if FEATURES.append else None
+    fresh_v = inputs.fresh.v if FEATURES.append else None
     blocks = edge_count(begin, full_begin, full_end, end, BLOCK_N) if MASKED else (full_end - full_begin) // BLOCK_N
     for index in tl.range(0, blocks):
         start = edge_start(index, begin, full_begin, full_end, BLOCK_N) if MASKED else full_begin + index * BLOCK_N
         # [BLOCK_N, block_d], [BLOCK_N, block_dv]
-        k = load_rows(
-            inputs.k, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim, FEATURES.block_d, MASKED
-        )
-        v = load_rows(
-            inputs.v, batch, head_k, start, inputs.sizes.keys, BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, MASKED
-        )
+        k = load_keys(
+            inputs.k, fresh_k, place, head_k, start, inputs,
+            BLOCK_N, FEATURES.head_dim, FEATURES.block_d, FEATURES, MASKED,
+        )  # fmt: skip
+        v = load_keys(
+            inputs.v, fresh_v, place, head_k, start, inputs,
+            BLOCK_N, FEATURES.head_dim_v, FEATURES.block_dv, FEATURES, MASKED,
+        )  # fmt: skip
         raw = tl.dot(q, tl.trans(k), input_precision=FEATURES.precision)
         acc, l, m = fold_keys(
-            acc, l, m, raw, v, row, start, batch, head, slope, inputs, FEATURES, MASKED, BLOCK_M, BLOCK_N
+            acc, l, m, raw, v, row, start, place, head, slope, inputs, FEATURES, MASKED, BLOCK_M, BLOCK_N
         )
     return acc, l, m
 
 
 @triton.jit
 def attention_forward_kernel(inputs, out, lse, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out (B, H, Nq, Dv) any strides with unit last one; lse (B, H, Nq) float32 contiguous. Grid: (row blocks · H · B,)."""
-    blocks = tl.cdiv(inputs.sizes.rows, BLOCK_M)
-    program = tl.program_id(0)
-    row_start = (blocks - 1 - program % blocks) * BLOCK_M
-    head = program // blocks % inputs.sizes.heads
-    batch = program // blocks // inputs.sizes.heads
-
+    """out (B, H, Nq, Dv) any strides with unit last one; lse (B, H, Nq) float32 contiguous. Grid: ``row_programs``."""
+    place, head, row_start = rows_of_program(inputs, FEATURES, BLOCK_M)
+    if row_start >= place.rows:
+        return
+    row = row_start + tl.arange(0, BLOCK_M)
+    row_last = tl.minimum(row_start + BLOCK_M, place.rows) - 1
+    head_k = head // inputs.sizes.group
     q = load_rows(
-        inputs.q, batch, head, row_start, inputs.sizes.rows, BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True
-    )
+        inputs.q, place.sequence, head, place.row_first, row_start, place.rows,
+        BLOCK_M, FEATURES.head_dim, FEATURES.block_d, True,
+    )  # fmt: skip
     slope = 0.0
     if FEATURES.alibi:
-        slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
+        slope = tl.load(inputs.slopes + place.sequence * inputs.slopes_batch + head)
     acc, l, m = first_sums(head, inputs, FEATURES, BLOCK_M)
-    visit = visible_range(row_start, inputs, FEATURES, BLOCK_M, BLOCK_N)
+    visit = visible_range(row_start, row_last, place, inputs, FEATURES, BLOCK_N)
     if FEATURES.mask == "none":
-        acc, l, m = _attend(
-            acc, l, m, q, row_start, visit, batch, head, slope, inputs, FEATURES, False, BLOCK_M, BLOCK_N
+        acc, l, m = attend(
+            acc, l, m, q, row, visit, place, head, head_k, slope, inputs, FEATURES, False, BLOCK_M, BLOCK_N
         )
-    acc, l, m = _attend(acc, l, m, q, row_start, visit, batch, head, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N)
+    acc, l, m = attend(acc, l, m, q, row, visit, place, head, head_k, slope, inputs, FEATURES, True, BLOCK_M, BLOCK_N)
 
     acc, natural = last_sums(acc, l, m)
     if FEATURES.dropout:
         acc = acc * inputs.dropout.scale
-    store_rows(out, batch, head, row_start, inputs.sizes.rows, acc, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv)
-    row = row_start + tl.arange(0, BLOCK_M)
-    line = (tl.cast(batch, tl.int64) * inputs.sizes.heads + head) * inputs.sizes.rows
-    tl.store(lse + line + row, natural, mask=row < inputs.sizes.rows)
+    store_rows(
+        out, place.sequence, head, place.row_first, row_start, place.rows,
+        acc, BLOCK_M, FEATURES.head_dim_v, FEATURES.block_dv,
+    )  # fmt: skip
+    tl.store(lse + line_of(place, head, inputs) + row, natural, mask=row < place.rows)
 
 
 def launch_forward(inputs: Inputs, features: Features, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Fill out and lse. Every extent is at least 1, but for the keys, which may be none."""
-    batch, heads, rows, _ = out.shape
+    """Fill the rows of out and lse that a sequence has. Every extent is at least 1, but for the keys, which may be none."""
     widest = max(features.block_d, features.block_dv)
     config = configs.attention_forward(widest, inputs.q.ptr.dtype, features.extras, configs.arch_of(out))
-    attention_forward_kernel[(triton.cdiv(rows, config.block_m) * heads * batch,)](
+    attention_forward_kernel[(row_programs(inputs, features, config.block_m),)](
         inputs=inputs,
-        out=operand(out),
+        out=operand(out, features.q_packed),
         lse=lse,
         FEATURES=features,
         BLOCK_M=config.block_m,

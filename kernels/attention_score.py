@@ -5,6 +5,11 @@ Score of row i and key j (``attention_forward`` has the operator's contract):
 visible iff  -window_left <= j - (i + diagonal) <= window_right, the mask is not False and not -inf.
 
 Blocks of which every pair is visible are visited without any test, those at the edges with all of them, the others never.
+
+A program works on a head of a *sequence*: a batch entry, or with the operator's ``sequences`` a row of that table, which is
+read here, on the device. Blocks are counted from a sequence's own first row and key, so that it gives the bits it gives alone.
+Of packed sequences, which lie one after the other, s has the blocks from begin_s // BLOCK + s on, as many as it can need: a block
+finds its sequence by bisection.
 """
 
 from dataclasses import dataclass
@@ -23,6 +28,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # A window bound far beyond any sequence that still leaves int32 room for adding positions.
 _UNLIMITED = 1 << 30
+
+#: Up to this many rows of a sequence are a decoding step.
+FEW_ROWS = tl.constexpr(8)
 
 
 class Operand(NamedTuple):
@@ -45,10 +53,39 @@ class Mask(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """Extents of the tensors."""
+
     heads: int  # of q
     group: int  # query heads per key head
     rows: int
     keys: int
+    line: int  # heads * rows: what a batch entry of lse takes; 0 where all sequences lie in one
+
+
+class Sequences(NamedTuple):
+    """The operator's ``sequences``: (count, 5) int64, contiguous."""
+
+    table: Any
+    count: int
+
+
+class Pages(NamedTuple):
+    """The operator's ``block_table``: (sequences, row) int32, contiguous."""
+
+    table: Any
+    row: int
+    size: int  # keys of a page
+
+
+class Place(NamedTuple):
+    """A sequence inside a kernel; ``row_first`` and ``key_first`` are where it begins in its batch entry."""
+
+    sequence: Any
+    rows: Any
+    keys: Any
+    diagonal: Any
+    row_first: Any
+    key_first: Any
 
 
 class Score(NamedTuple):
@@ -77,6 +114,14 @@ class Features:
     sinks: bool
     dropout: bool
     precision: str  # of tl.dot
+    sequences: bool = False
+    q_packed: bool = False  # all sequences lie in one batch entry of q
+    k_packed: bool = False
+    paged: bool = False
+    few_elsewhere: bool = (
+        False  # packed sequences of up to FEW_ROWS rows are another kernel's (``attention_decode.py``)
+    )
+    append: bool = False  # the last keys are those of ``Inputs.fresh``
 
     @property
     def extras(self) -> bool:
@@ -92,6 +137,13 @@ class Features:
         return configs.head_block(self.head_dim_v)
 
 
+class Fresh(NamedTuple):
+    """Keys and values (B, Hk, rows, D) of this call's own tokens, the last of their sequences, not yet in the cache."""
+
+    k: Operand
+    v: Operand
+
+
 class Inputs(NamedTuple):
     """The kernel arguments that do not change between the kernels of one call."""
 
@@ -105,11 +157,14 @@ class Inputs(NamedTuple):
     sizes: Sizes
     score: Score
     dropout: Dropout | None
+    sequences: Sequences | None = None
+    pages: Pages | None = None
+    fresh: Fresh | None = None
 
 
-def operand(x: torch.Tensor) -> Operand:
-    """x (B, H, N, D) as a kernel argument; its last stride is 1 (see ``unit_last_stride``)."""
-    return Operand(x, x.stride(0), x.stride(1), x.stride(2))
+def operand(x: torch.Tensor, packed: bool = False) -> Operand:
+    """x (B, H, N, D) as a kernel argument; its last stride is 1 (see ``unit_last_stride``). ``packed``: B = 1 for all sequences."""
+    return Operand(x, 0 if packed else x.stride(0), x.stride(1), x.stride(2))
 
 
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
@@ -133,11 +188,16 @@ def prepare(
     score: Score,
     dropout_p: float,
     rng_state: torch.Tensor | None,
+    sequences: torch.Tensor | None,
+    block_table: torch.Tensor | None,
 ) -> tuple[Inputs, Features]:
     """Kernel arguments and compiled features of a call. ``score.left`` and ``score.right`` are the operator's, -1 = unlimited."""
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     heads, rows, keys = q.shape[1], q.shape[2], k.shape[2]
     dropout = dropout_argument(dropout_p, rng_state)
+    # One sequence in one batch entry is packed: nothing tells it from several, and it must give the same bits.
+    q_packed = sequences is not None and q.shape[0] == 1
+    k_packed = sequences is not None and k.shape[0] == 1 and block_table is None
     features = Features(
         head_dim=q.shape[3],
         head_dim_v=v.shape[3],
@@ -150,35 +210,177 @@ def prepare(
         sinks=sinks is not None,
         dropout=dropout is not None,
         precision=configs.matmul_precision(q.dtype),
+        sequences=sequences is not None,
+        q_packed=q_packed,
+        k_packed=k_packed,
+        paged=block_table is not None,
     )
     inputs = Inputs(
-        q=operand(q),
-        k=operand(k),
-        v=operand(v),
+        q=operand(q, q_packed),
+        k=operand(k, k_packed),
+        v=operand(v, k_packed),
         mask=None if attn_mask is None else mask_operand(attn_mask),
         slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
         slopes_batch=heads if alibi_slopes is not None and alibi_slopes.shape[0] > 1 else 0,
         sinks=None if sinks is None else sinks.contiguous(),
-        sizes=Sizes(heads, heads // k.shape[1], rows, keys),
+        sizes=Sizes(heads, heads // k.shape[1], rows, keys, 0 if q_packed else heads * rows),
         score=score._replace(left=min(score.left, _UNLIMITED), right=min(score.right, _UNLIMITED)),
         dropout=dropout,
+        sequences=None if sequences is None else Sequences(sequences.contiguous(), sequences.shape[0]),
+        pages=None if block_table is None else Pages(block_table.contiguous(), block_table.shape[1], keys),
     )
     return inputs, features
 
 
 @triton.jit
+def find_sequence(block, sequences, COLUMN: tl.constexpr, BLOCK: tl.constexpr):
+    """Of packed sequences, the one that ``block`` is of, and which of its blocks; COLUMN of the table has the first positions."""
+    low = block * 0
+    high = low + sequences.count
+    while high - low > 1:
+        middle = (low + high) // 2
+        begin = tl.load(sequences.table + middle * 5 + COLUMN).to(tl.int32)
+        if begin // BLOCK + middle <= block:
+            low = middle
+        else:
+            high = middle
+    begin = tl.load(sequences.table + low * 5 + COLUMN).to(tl.int32)
+    return low, block - begin // BLOCK - low
+
+
+@triton.jit
+def place_of(sequence, inputs, FEATURES: tl.constexpr):
+    """The ``Place`` of a sequence."""
+    if FEATURES.sequences:
+        entry = inputs.sequences.table + sequence * 5
+        row_first = tl.load(entry).to(tl.int32)
+        rows = tl.load(entry + 1).to(tl.int32)
+        key_first = tl.load(entry + 2).to(tl.int32)
+        keys = tl.load(entry + 3).to(tl.int32)
+        diagonal = tl.load(entry + 4).to(tl.int32)
+        return Place(sequence, rows, keys, diagonal, row_first, key_first)
+    else:
+        return Place(sequence, inputs.sizes.rows, inputs.sizes.keys, inputs.score.diagonal, 0, 0)
+
+
+@triton.jit
+def rows_of_program(inputs, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(place, head, first row) of a program of ``row_programs``: past place.rows if it has nothing to do."""
+    program = tl.program_id(0)
+    if FEATURES.q_packed:
+        blocks = inputs.sizes.rows // BLOCK_M + inputs.sequences.count
+        head = program // blocks
+        sequence, index = find_sequence(program % blocks, inputs.sequences, 0, BLOCK_M)
+        place = place_of(sequence, inputs, FEATURES)
+        row_start = (tl.cdiv(place.rows, BLOCK_M) - 1 - index) * BLOCK_M
+        row_start = tl.where(row_start < 0, place.rows, row_start)
+        if FEATURES.few_elsewhere:
+            row_start = tl.where(place.rows <= FEW_ROWS, place.rows, row_start)
+        return place, head, row_start
+    else:
+        blocks = tl.cdiv(inputs.sizes.rows, BLOCK_M)
+        head = program // blocks % inputs.sizes.heads
+        place = place_of(program // blocks // inputs.sizes.heads, inputs, FEATURES)
+        return place, head, (blocks - 1 - program % blocks) * BLOCK_M
+
+
+def row_programs(inputs: Inputs, features: Features, block_m: int) -> int:
+    """One program a block of rows and head: programs of a head are neighbours, the last rows first."""
+    heads, rows = inputs.sizes.heads, inputs.sizes.rows
+    if features.q_packed:
+        return (rows // block_m + inputs.sequences.count) * heads
+    return triton.cdiv(rows, block_m) * heads * inputs.q.ptr.shape[0]
+
+
+@triton.jit
+def keys_of_program(inputs, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(place, key head, first key) of a program of ``key_programs``: past place.keys if it has nothing to do."""
+    program = tl.program_id(0)
+    if FEATURES.k_packed:
+        blocks = inputs.sizes.keys // BLOCK_N + inputs.sequences.count
+        head_k = program // blocks
+        sequence, index = find_sequence(program % blocks, inputs.sequences, 2, BLOCK_N)
+        place = place_of(sequence, inputs, FEATURES)
+        return place, head_k, tl.where(index < 0, place.keys, index * BLOCK_N)
+    else:
+        blocks = tl.cdiv(inputs.sizes.keys, BLOCK_N)
+        heads_k = inputs.sizes.heads // inputs.sizes.group
+        place = place_of(program // blocks // heads_k, inputs, FEATURES)
+        return place, program // blocks % heads_k, program % blocks * BLOCK_N
+
+
+def key_programs(inputs: Inputs, features: Features, block_n: int) -> int:
+    """One program a block of keys and key head."""
+    heads_k, keys = inputs.sizes.heads // inputs.sizes.group, inputs.sizes.keys
+    if features.k_packed:
+        return (keys // block_n + inputs.sequences.count) * heads_k
+    return triton.cdiv(keys, block_n) * heads_k * inputs.k.ptr.shape[0]
+
+
+@triton.jit
+def line_of(place, head, inputs):
+    """Where a head of a sequence begins in lse (B, H, Nq)."""
+    return tl.cast(place.sequence, tl.int64) * inputs.sizes.line + head * inputs.sizes.rows + place.row_first
+
+
+@triton.jit
 def load_rows(
-    x, batch, head, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK: tl.constexpr
-):
-    """Rows start .. start + ROWS of one head of x: [ROWS, BLOCK_DIM], zero past ``limit`` (with CHECK) and past DIM."""
+    x, sequence, head, first, start, limit,
+    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. start + ROWS of one head of a sequence that begins at ``first``: [ROWS, BLOCK_DIM], zero past DIM and, with
+    CHECK, past row ``limit``."""
     row = tl.arange(0, ROWS)
+    pointers = _pointers(x, sequence, head, first + start, row, BLOCK_DIM)
+    return _load(pointers, start + row < limit, DIM, BLOCK_DIM, CHECK)
+
+
+@triton.jit
+def load_keys(
+    x, fresh, place, head, start, inputs,
+    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FEATURES: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """``load_rows`` of keys or values; with FEATURES.paged from the sequence's pages. With FEATURES.append a block with CHECK takes
+    the sequence's last ``place.rows`` ones from ``fresh``."""
+    row = tl.arange(0, ROWS)
+    key = start + row
+    inside = key < place.keys
+    if FEATURES.append and CHECK:
+        inside = key < place.keys - place.rows
+    if FEATURES.paged:
+        page, line = page_of(key, inside, place, inputs)
+        pointers = _pointers(x, page[:, None], head, 0, line, BLOCK_DIM)
+    else:
+        pointers = _pointers(x, place.sequence, head, place.key_first + start, row, BLOCK_DIM)
+    tile = _load(pointers, inside, DIM, BLOCK_DIM, CHECK)
+    if FEATURES.append and CHECK:
+        own = key - (place.keys - place.rows)
+        new = (own >= 0) & (own < place.rows)
+        new_tile = _load(_pointers(fresh, place.sequence, head, 0, own, BLOCK_DIM), new, DIM, BLOCK_DIM, True)
+        tile = tl.where(new[:, None], new_tile, tile)
+    return tile
+
+
+@triton.jit
+def page_of(key, inside, place, inputs):
+    """(page, line in it) of each key of a sequence, int32; page 0 where not ``inside``."""
+    entry = inputs.pages.table + tl.cast(place.sequence, tl.int64) * inputs.pages.row + key // inputs.pages.size
+    return tl.load(entry, mask=inside, other=0), key % inputs.pages.size
+
+
+@triton.jit
+def _pointers(x, sequence, head, first, row, BLOCK_DIM: tl.constexpr):
+    """[ROWS, BLOCK_DIM] of rows first + row, ``row`` [ROWS]; ``sequence`` is a scalar or [ROWS, 1]. All in 64 bits."""
+    base = x.ptr + tl.cast(sequence, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head
+    base += tl.cast(first, tl.int64) * x.row
+    return base + row.to(tl.int64)[:, None] * x.row + tl.arange(0, BLOCK_DIM)[None, :]
+
+
+@triton.jit
+def _load(pointers, inside, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK: tl.constexpr):
     dim = tl.arange(0, BLOCK_DIM)
-    base = (
-        x.ptr + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head + tl.cast(start, tl.int64) * x.row
-    )
-    pointers = base + row[:, None] * x.row + dim[None, :]
     if CHECK:
-        tile = tl.load(pointers, mask=(start + row < limit)[:, None] & (dim < DIM)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=inside[:, None] & (dim < DIM)[None, :], other=0.0)
     elif DIM < BLOCK_DIM:
         tile = tl.load(pointers, mask=(dim < DIM)[None, :], other=0.0)
     else:
@@ -187,22 +389,22 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(x, batch, head, start, limit, tile, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def store_rows(
+    x, sequence, head, first, start, limit, tile, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
     """The converse of ``load_rows``, rounding to x's dtype."""
     row = tl.arange(0, ROWS)
-    dim = tl.arange(0, BLOCK_DIM)
-    base = (
-        x.ptr + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head + tl.cast(start, tl.int64) * x.row
-    )
-    inside = (start + row < limit)[:, None] & (dim < DIM)[None, :]
-    tl.store(base + row[:, None] * x.row + dim[None, :], tile.to(x.ptr.dtype.element_ty), mask=inside)
+    inside = (start + row < limit)[:, None] & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
+    pointers = _pointers(x, sequence, head, first + start, row, BLOCK_DIM)
+    tl.store(pointers, tile.to(x.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def score_tile(raw, row, key, batch, head, slope, inputs, FEATURES: tl.constexpr, MASKED: tl.constexpr):
+def score_tile(raw, row, key, place, head, slope, inputs, FEATURES: tl.constexpr, MASKED: tl.constexpr):
     """Scores of raw = q·k float32 [R, C] (or its transpose: ``row`` and ``key`` are int32 that broadcast to raw's shape).
 
-    Returns (score, tanh factor of the softcap, visible int1). Without MASKED every pair is visible.
+    ``head`` and ``slope`` are scalars or broadcast to it as well. Returns (score, tanh factor of the softcap, visible
+    int1). Without MASKED every pair is visible.
     """
     score = raw * inputs.score.scale
     capped = score
@@ -210,17 +412,17 @@ def score_tile(raw, row, key, batch, head, slope, inputs, FEATURES: tl.constexpr
         capped = tanh(score / inputs.score.softcap)
         score = capped * inputs.score.softcap
     if FEATURES.alibi:
-        score -= slope * tl.abs(row + inputs.score.diagonal - key).to(tl.float32)
-    visible = (row < inputs.sizes.rows) & (key < inputs.sizes.keys)
+        score -= slope * tl.abs(row + place.diagonal - key).to(tl.float32)
+    visible = (row < place.rows) & (key < place.keys)
     if MASKED:
         if FEATURES.left:
-            visible = visible & (key - row >= inputs.score.diagonal - inputs.score.left)
+            visible = visible & (key - row >= place.diagonal - inputs.score.left)
         if FEATURES.right:
-            visible = visible & (key - row <= inputs.score.diagonal + inputs.score.right)
+            visible = visible & (key - row <= place.diagonal + inputs.score.right)
         if FEATURES.mask != "none":
             base = (
                 inputs.mask.ptr
-                + tl.cast(batch, tl.int64) * inputs.mask.batch
+                + tl.cast(place.sequence, tl.int64) * inputs.mask.batch
                 + tl.cast(head, tl.int64) * inputs.mask.head
             )
             pointers = base + row.to(tl.int64) * inputs.mask.row
@@ -289,6 +491,15 @@ def visit_range(
 
 
 @triton.jit
+def visible_range(first, last, place, inputs, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``visit_range`` of the keys that rows ``first`` .. ``last`` of a sequence see."""
+    before = inputs.score.left - place.diagonal
+    after = inputs.score.right + place.diagonal
+    masked: tl.constexpr = FEATURES.mask != "none"
+    return visit_range(first, last, place.keys, before, after, BLOCK_N, FEATURES.left, FEATURES.right, masked)
+
+
+@triton.jit
 def edge_count(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
     """Number of blocks in [begin, full_begin) and [full_end, end)."""
     return tl.cdiv(full_begin - begin, BLOCK) + tl.cdiv(end - full_end, BLOCK)
@@ -302,6 +513,6 @@ def edge_start(index, begin, full_begin, full_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def keep_pairs(row, key_start, batch, head, inputs, ROWS: tl.constexpr, KEYS: tl.constexpr):
+def keep_pairs(row, key_start, place, head, inputs, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Dropout's keep-mask of rows ``row`` (int32 [ROWS]) and keys key_start .. key_start + KEYS: int1 [ROWS, KEYS]."""
-    return keep_tile(inputs.dropout, key_start, row, batch * inputs.sizes.heads + head, ROWS, KEYS)
+    return keep_tile(inputs.dropout, key_start, row, place.sequence * inputs.sizes.heads + head, ROWS, KEYS)

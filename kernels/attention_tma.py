@@ -15,8 +15,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels import configs
-from fastattn.kernels.attention_forward import first_sums, fold_keys, last_sums, visible_range
-from fastattn.kernels.attention_score import Features, Inputs, Operand, edge_count, edge_start, operand
+from fastattn.kernels.attention_forward import first_sums, fold_keys, last_sums
+from fastattn.kernels.attention_score import (
+    Features,
+    Inputs,
+    Operand,
+    edge_count,
+    edge_start,
+    line_of,
+    operand,
+    place_of,
+    visible_range,
+)
 
 #: Bytes of keys and values that a section may have: of H100's 50 MB of L2, what queries and results leave for certain.
 SECTION_BYTES = 32 * 1024 * 1024
@@ -31,6 +41,8 @@ def why_not(inputs: Inputs, features: Features) -> str | None:
         return "an explicit mask or dropout"
     if inputs.sizes.keys == 0:
         return "no keys"
+    if features.sequences:
+        return "sequences with lengths of their own"
     for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
         strides = [s for s, n in zip((x.batch, x.head, x.row), x.ptr.shape, strict=False) if n > 1]
         size = x.ptr.element_size()
@@ -78,21 +90,21 @@ def _load(tiles, batch, head, start, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr
 
 @triton.jit
 def _attend(
-    acc, l, m, q, k_tiles, v_tiles, row_start, visit, batch, head, slope, inputs,
+    acc, l, m, q, k_tiles, v_tiles, row_start, visit, place, head, slope, inputs,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``attention_forward._attend`` with k and v by TMA, in steps of BLOCK_N keys."""
+    """``attention_forward.attend`` with k and v by TMA, in steps of BLOCK_N keys."""
     begin, full_begin, full_end, end = visit
     row = row_start + tl.arange(0, BLOCK_M)
     head_k = head // inputs.sizes.group
     blocks = edge_count(begin, full_begin, full_end, end, BLOCK_N) if MASKED else (full_end - full_begin) // BLOCK_N
     for index in tl.range(0, blocks):
         start = edge_start(index, begin, full_begin, full_end, BLOCK_N) if MASKED else full_begin + index * BLOCK_N
-        k = _load(k_tiles, batch, head_k, start, BLOCK_N, FEATURES.block_d)
-        v = _load(v_tiles, batch, head_k, start, BLOCK_N, FEATURES.block_dv)
+        k = _load(k_tiles, place.sequence, head_k, start, BLOCK_N, FEATURES.block_d)
+        v = _load(v_tiles, place.sequence, head_k, start, BLOCK_N, FEATURES.block_dv)
         raw = tl.dot(q, tl.trans(k))
         acc, l, m = fold_keys(
-            acc, l, m, raw, v, row, start, batch, head, slope, inputs, FEATURES, MASKED, BLOCK_M, BLOCK_N
+            acc, l, m, raw, v, row, start, place, head, slope, inputs, FEATURES, MASKED, BLOCK_M, BLOCK_N
         )
     return acc, l, m
 
@@ -104,25 +116,27 @@ def _attend_tile(
 ):  # fmt: skip
     """out and lse of row block ``block`` of ``line``."""
     row_start, batch, head = block * BLOCK_M, line // inputs.sizes.heads, line % inputs.sizes.heads
+    place = place_of(batch, inputs, FEATURES)
+    row_last = tl.minimum(row_start + BLOCK_M, place.rows) - 1
     q = _load(q_tiles, batch, head, row_start, BLOCK_M, FEATURES.block_d)
     slope = 0.0
     if FEATURES.alibi:
         slope = tl.load(inputs.slopes + batch * inputs.slopes_batch + head)
     acc, l, m = first_sums(head, inputs, FEATURES, BLOCK_M)
-    visit = visible_range(row_start, inputs, FEATURES, BLOCK_M, BLOCK_N)
+    visit = visible_range(row_start, row_last, place, inputs, FEATURES, BLOCK_N)
     acc, l, m = _attend(
-        acc, l, m, q, k_tiles, v_tiles, row_start, visit, batch, head, slope, inputs,
+        acc, l, m, q, k_tiles, v_tiles, row_start, visit, place, head, slope, inputs,
         FEATURES, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc, l, m = _attend(
-        acc, l, m, q, k_edges, v_edges, row_start, visit, batch, head, slope, inputs,
+        acc, l, m, q, k_edges, v_edges, row_start, visit, place, head, slope, inputs,
         FEATURES, True, BLOCK_M, EDGE_N,
     )  # fmt: skip
     acc, natural = last_sums(acc, l, m)
     tile = acc.to(out_tiles.dtype).reshape([1, 1, BLOCK_M, FEATURES.block_dv])
     out_tiles.store([batch, head, row_start, 0], tile)
     row = row_start + tl.arange(0, BLOCK_M)
-    tl.store(lse + tl.cast(line, tl.int64) * inputs.sizes.rows + row, natural, mask=row < inputs.sizes.rows)
+    tl.store(lse + line_of(place, head, inputs) + row, natural, mask=row < place.rows)
 
 
 @triton.jit

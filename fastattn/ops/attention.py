@@ -125,7 +125,7 @@ class _AttentionGradient(torch.autograd.Function):
             dout = dout.contiguous()
         return (_triton_backward if triton else _backward)(
             dout, dlse, q, k, v, out, lse, attn_mask, alibi_slopes, sinks, *options, rng_state, *wanted,
-            *(() if triton else (sequences, statistics)),
+            *(_given(sequences) if triton else (sequences, statistics)),
         )  # fmt: skip
 
     @staticmethod
@@ -175,7 +175,7 @@ def attention(
         attn_mask: broadcastable to (B, H, Nq, Nk). Boolean: True = visible. Floating (q's dtype or float32): added to the scores;
             its gradient is computed if it requires one.
         key_lengths: (B,) integers in [0, Nk]: keys from key_lengths[b] on (padding) are neither seen nor read. The alignment of
-            ``causal`` and windows stays that of all Nk keys.
+            ``causal`` and windows stays that of all Nk keys. On the GPU the lengths are not checked: that would wait for it.
         causal: no key after the query's position.
         window_size: (left, right) keys around the query's position, -1 = unlimited (Beltagy et al., "Longformer", 2020).
         softcap: > 0: scores become softcap · tanh(score / softcap) (Gemma 2, 2024). 0: off.
@@ -205,7 +205,7 @@ def attention(
     options = _options(q, softmax_scale, causal, window_size, k.shape[2] - q.shape[2], softcap, dropout_p)
     sequences = None
     if key_lengths is not None:
-        sequences = _sequences.padded(key_lengths, q.shape[0], q.shape[2], k.shape[2])
+        sequences = _sequences.padded(key_lengths, q, k.shape[2])
     out, lse = _attend(q, k, v, attn_mask, alibi_slopes, sinks, rng_state, options, implementation, sequences)
     return (out, lse) if return_lse else out
 
@@ -360,7 +360,7 @@ def _attend(
     if sinks is not None:
         sinks = _check_per_head("sinks", sinks, q, ((q.shape[1],),)).to(accumulate)
 
-    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, v, sequences)}
+    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, v)}
     chosen = choose("attention", implementation, q.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
     if chosen == "reference":
@@ -376,9 +376,7 @@ def _attend(
     return forward(*tensors, *options, rng_state, *_given(sequences, block_table))[:2]
 
 
-def _triton_why_not(q: Tensor, v: Tensor, sequences: Tensor | None) -> str | None:
-    if sequences is not None:
-        return "sequences with lengths of their own are not written in Triton"
+def _triton_why_not(q: Tensor, v: Tensor) -> str | None:
     if max(q.shape[3], v.shape[3]) > 256:
         return f"head_dim {max(q.shape[3], v.shape[3])} is over 256"
     return triton_dtype(q.dtype)

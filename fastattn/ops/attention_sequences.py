@@ -39,7 +39,7 @@ def attention_varlen(
     Args:
         q: (total_q, H, D). k: (total_k, Hk, D). v: (total_k, Hk, Dv). Dtypes, heads and strides as in :func:`attention`.
         cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), from 0, non-decreasing, at most total_q and total_k: sequence s has the rows
-            (keys) from entry s to entry s + 1. A sequence may have none. Read on the CPU.
+            (keys) from entry s to entry s + 1. A sequence may have none. On the GPU they are neither read nor checked by the host.
         max_seqlen_q, max_seqlen_k: the longest sequence may be no longer; not needed.
         causal, window_size, softcap, sinks, softmax_scale, dropout_p, rng_state, implementation: as in :func:`attention`. Dropout
             of sequence s is that of batch entry s.
@@ -56,7 +56,7 @@ def attention_varlen(
         _validate.tensor(name, x, 3)
     q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     _check_qkv(q4, k4, v4)
-    sequences = _sequences.packed(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+    sequences = _sequences.packed(cu_seqlens_q, cu_seqlens_k, q, k)
     _check_longest("max_seqlen_q", max_seqlen_q, sequences[:, 1])
     _check_longest("max_seqlen_k", max_seqlen_k, sequences[:, 3])
     options = _options(q, softmax_scale, causal, window_size, 0, softcap, dropout_p)
@@ -92,7 +92,8 @@ def attention_with_kv_cache(
         q: (B, H, Nq, D).
         k_cache, v_cache: (B, Hk, capacity, D) and (B, Hk, capacity, Dv), strides free but for the last. With ``block_table``, pages
             (P, Hk, page_size, D) and (P, Hk, page_size, Dv); for pages stored (P, page_size, Hk, D) pass ``pages.transpose(1, 2)``.
-        cache_lengths: (B,) integers: tokens in the cache of each sequence, those of this call included.
+        cache_lengths: (B,) integers: tokens in the cache of each sequence, those of this call included. On the GPU neither they nor
+            ``block_table`` are read or checked by the host.
         k, v: (B, Hk, Nq, D) and (B, Hk, Nq, Dv), the keys and values of this call's tokens: written into the cache first, in place,
             from position cache_lengths[b] - Nq on. None: they are there already.
         block_table: int32 (B, pages of each): key j of sequence b is row j % page_size of page block_table[b, j // page_size]
@@ -110,14 +111,14 @@ def attention_with_kv_cache(
     batch, _, rows, _ = q.shape
     capacity = k_cache.shape[2]
     if block_table is not None:
-        block_table = _sequences.pages(block_table, batch)
+        block_table = _sequences.pages(block_table, q)
         capacity *= block_table.shape[1]
     elif k_cache.shape[0] != batch:
         raise ValueError(f"k_cache: {k_cache.shape[0]} batch entries, but q has {batch}")
     # Pages have no batch: what q is compared with is a view that has one.
     _check_qkv(q[:1], k_cache[:1], v_cache[:1], ("q", "k_cache", "v_cache"))
     _validate.shape("v_cache", v_cache, (*k_cache.shape[:3], v_cache.shape[3]))
-    sequences = _sequences.cached(cache_lengths, batch, rows, capacity)
+    sequences = _sequences.cached(cache_lengths, q, capacity)
     if block_table is not None:
         _sequences.check_pages(block_table, sequences, k_cache.shape[0], k_cache.shape[2])
     if k is not None or v is not None:
@@ -140,22 +141,22 @@ def _append(
 ) -> None:
     """Write k and v at the last Nq positions of each sequence."""
     batch, _, rows, _ = q.shape
-    position = sequences[:, 3:4] - rows + torch.arange(rows)
-    if not torch.compiler.is_compiling() and position.numel() and int(position.min()) < 0:
+    position = sequences[:, 3:4] - rows + torch.arange(rows, device=q.device)
+    if _sequences.readable(position) and position.numel() and int(position.min()) < 0:
         raise ValueError(f"cache_lengths: got {sequences[:, 3].tolist()}, but k and v hold {rows} tokens of each")
     if block_table is None:
-        entry = torch.arange(batch).unsqueeze(1)
+        entry = torch.arange(batch, device=q.device).unsqueeze(1)
     else:
         entry, position = block_table.long().gather(1, position // k_cache.shape[2]), position % k_cache.shape[2]
     for name, given, cache in (("k", k, k_cache), ("v", v, v_cache)):
         new = _validate.tensor(name, given)
         _validate.like(name, new, "q", q)
         _validate.shape(name, new, (batch, cache.shape[1], rows, cache.shape[3]))
-        cache[entry.to(cache.device), :, position.to(cache.device)] = new.transpose(1, 2)
+        cache[entry, :, position] = new.transpose(1, 2)
 
 
 def _check_longest(name: str, limit: int | None, lengths: Tensor) -> None:
-    if limit is None or torch.compiler.is_compiling() or not lengths.numel():
+    if limit is None or not _sequences.readable(lengths) or not lengths.numel():
         return
     if int(lengths.max()) > limit:
         raise ValueError(f"{name}: got {limit}, but a sequence has {int(lengths.max())}")

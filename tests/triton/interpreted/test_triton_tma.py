@@ -94,7 +94,7 @@ def test_what_is_not_seen_cannot_reach_a_row(launches: list[object]) -> None:
 )
 def test_what_tma_cannot_read_goes_to_the_portable_kernel(change, reason: str, launches: list[object]) -> None:  # type: ignore[no-untyped-def]
     inputs = [change(x) for x in _inputs(torch.float16, 70, 70, (64, 64), (2, 2))]
-    prepared = prepare(*inputs, None, None, None, Score(1.0, 0.0, -1, -1, 0), 0.0, None)
+    prepared = prepare(*inputs, None, None, None, Score(1.0, 0.0, -1, -1, 0), 0.0, None, None, None)
     assert reason in str(attention_tma.why_not(*prepared))
     _compare_attention(inputs, torch.float16, "triton")
     assert not launches
