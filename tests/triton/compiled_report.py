@@ -13,6 +13,7 @@ exactly what they would launch. ``wrong`` lists what the kernel must not do (see
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,4 +105,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # tearing Triton's compiler down after many kernels can end in a segmentation fault
