@@ -400,8 +400,7 @@ def launch_backward(
         FEATURES=features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     config = configs.attention_backward_queries(widest, dtype, features.extras, arch)
     attention_backward_queries_kernel[(row_programs(inputs, features, config.block_m),)](
@@ -415,8 +414,7 @@ def launch_backward(
         SLOPES=slopes_grad,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return delta, slopes_rows
 
@@ -457,6 +455,5 @@ def mask_gradient(
         MASK_KEYS=full[3],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )

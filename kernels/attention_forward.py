@@ -156,6 +156,5 @@ def launch_forward(inputs: Inputs, features: Features, out: torch.Tensor, lse: t
         FEATURES=features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )

@@ -24,12 +24,22 @@ NORM_COLUMNS = tuple(1 << bits for bits in range(4, 16))
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention kernel: ``block_m`` query rows by ``block_n`` keys a step."""
+    """One attention kernel: ``block_m`` query rows by ``block_n`` keys a step.
+
+    ``registers`` a thread may take. Without it ptxas at times spills a few to have a second program on a multiprocessor.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the launch."""
+        own = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return own if self.registers is None else own | {"maxnreg": self.registers}
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,14 @@ def target_of(arch: Arch) -> GPUTarget:
     return GPUTarget("hip", arch.name, 64) if arch.kind == "hip" else GPUTarget("cuda", arch.number, 32)
 
 
+#: What was compiled and read in this process: the compiled kernel, which stays alive so that its identity does, and its binary.
+_known: dict[int, tuple[Any, Binary]] = {}
+_known_arch: Arch | None = None
+
+
 def compiled(arch: Arch, call: Callable[[], object]) -> list[Binary]:
-    """The binaries of the kernels that ``call`` launches, in order, each once."""
+    """The binaries of the kernels that ``call`` launches, in order, each once; nothing is compiled a second time."""
+    global _known_arch
     binaries: dict[object, Binary] = {}
     run = JITFunction.run
 
@@ -101,12 +107,15 @@ def compiled(arch: Arch, call: Callable[[], object]) -> list[Binary]:
                 error = error.__cause__  # type: ignore[assignment]
             binaries[str(launch)] = Binary(launch, 0, 0, 0, {}, Products(0, False), f"{type(error).__name__}: {error}")
             return
-        if id(kernel) not in binaries:
-            binaries[id(kernel)] = (_amd if arch.kind == "hip" else _nvidia)(kernel, launch)
+        if id(kernel) not in _known:
+            _known[id(kernel)] = (kernel, (_amd if arch.kind == "hip" else _nvidia)(kernel, launch))
+        binaries[id(kernel)] = dataclasses.replace(_known[id(kernel)][1], launch=launch)
 
     with _instead_of_launching(arch, compile_only):
-        for function in _kernels():
-            function.device_caches.clear()
+        if arch != _known_arch:
+            for function in _kernels():
+                function.device_caches.clear()
+            _known_arch = arch
         call()
     return list(binaries.values())
 

@@ -26,7 +26,7 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
 def _content(**changes: Any) -> dict[str, Any]:
     point = {"head_dim": 128, "dtype": "bfloat16", "extras": False}
-    config = {"kind": "Attention", "block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
+    config = {"kind": "Attention", "block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2, "registers": None}
     entry = {"choice": "attention_forward", "at": point, "config": config}
     return {"schema": 1, "arch": "sm_90", "triton": "3.6.0", "entries": [entry]} | changes
 
