@@ -18,6 +18,8 @@ struct KernelTable {
   int64_t attention_queries, attention_keys, attention_decode_keys;
   void (*attention_forward)(const AttentionParams&, Range);
   void (*attention_backward)(const AttentionBackwardParams&, Range);
+  int64_t attention_weight_keys;  // of a work item
+  void (*attention_weights)(const AttentionWeightsParams&, Range);
 
   Packs (*linear_packs)(const LinearParams&);
   size_t (*linear_packed_bytes)(const LinearParams&);  // of each product

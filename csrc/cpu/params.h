@@ -148,6 +148,14 @@ struct AttentionParams {
   int64_t max_pages, page_size;
 };
 
+// Probabilities exp(score - lse) after dropout, in q's dtype: (batch, heads, rows, keys) contiguous, or averaged over
+// heads (batch, rows, keys). Work item: (b, head | 1, query block, attention_weight_keys keys). Without sequences; v is
+// not read.
+struct AttentionWeightsParams : AttentionParams {
+  void* weights;
+  bool average;
+};
+
 // What one call of the backward kernel computes, and so what its work items are.
 enum class AttentionStage {
   kAll,      // (b, kv head): every gradient of q, k and v at five products a block

@@ -19,6 +19,7 @@
 #include "cpu/attention_decode-inl.h"
 #include "cpu/attention_backward-inl.h"
 #include "cpu/attention_decode_backward-inl.h"
+#include "cpu/attention_weights-inl.h"
 #include "cpu/norm-inl.h"
 #include "cpu/loss-inl.h"
 // clang-format on
@@ -36,6 +37,8 @@ const KernelTable kTable = {
     kDecodeKeys,
     attention_forward,
     attention_backward,
+    kWeightKeys,
+    attention_weights,
 
     linear_packs,
     linear_packed_bytes,

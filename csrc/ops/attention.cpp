@@ -464,4 +464,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, dmask, dslopes, dsinks};
 }
 
+Tensor attention_weights(const Tensor& q_in, const Tensor& k_in, const Tensor& lse_in, const OptionalTensor& attn_mask,
+                         const OptionalTensor& alibi_slopes, double softmax_scale, int64_t window_left,
+                         int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
+                         const OptionalTensor& rng_state, bool average, bool reduced_precision) {
+  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), lse = torch::stable::contiguous(lse_in);
+  AttentionWeightsParams p{};
+  static_cast<AttentionParams&>(p) =
+      make_params(q, k, k, attn_mask, alibi_slopes, std::nullopt, std::nullopt, std::nullopt);
+  set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
+  const ScalarType type = q.scalar_type();
+  FASTATTN_CHECK(lse.numel() == p.batch * p.heads * p.rows && lse.scalar_type() == accumulation_type(type),
+                 "attention_weights: lse is (batch, heads, rows) in the accumulation dtype");
+  const Tensor weights =
+      average ? empty({p.batch, p.rows, p.keys}, type) : empty({p.batch, p.heads, p.rows, p.keys}, type);
+  if (weights.numel() == 0) return weights;
+  FASTATTN_CHECK(p.heads > 0, "attention_weights: no heads to average over");
+  p.lse = const_cast<void*>(lse.const_data_ptr());
+  p.weights = weights.mutable_data_ptr();
+  p.average = average;
+  const KernelTable& table = kernels_of(q, reduced_precision);
+  const int64_t items = p.batch * (average ? 1 : p.heads) * blocks_of(p.rows, table.attention_queries) *
+                        blocks_of(p.keys, table.attention_weight_keys);
+  parallel_chunks(items, 0, [&](Range range) { table.attention_weights(p, range); });
+  return weights;
+}
+
 }  // namespace fastattn

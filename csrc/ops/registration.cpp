@@ -36,6 +36,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
     bool sinks_grad, const OptionalTensor& sequences, const OptionalTensor& statistics, bool reduced_precision);
 
+Tensor attention_weights(const Tensor& q, const Tensor& k, const Tensor& lse, const OptionalTensor& attn_mask,
+                         const OptionalTensor& alibi_slopes, double softmax_scale, int64_t window_left,
+                         int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
+                         const OptionalTensor& rng_state, bool average, bool reduced_precision);
+
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                       bool reduced_precision);
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, bool x_grad,
@@ -72,6 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
   m.impl("attention_inference", TORCH_BOX(&fastattn::attention_inference));
   m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
+  m.impl("attention_weights", TORCH_BOX(&fastattn::attention_weights));
   m.impl("rope", TORCH_BOX(&fastattn::rope));
   m.impl("rope_", TORCH_BOX(&fastattn::rope_));
 

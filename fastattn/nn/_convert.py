@@ -178,9 +178,9 @@ def _check_model(model: object) -> None:
 def convert(model: M, *, implementation: str = "auto") -> M:
     """Make the torch.nn modules of ``model`` compute with fastattn, in place.
 
-    Converted are LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, and a
-    Sequential with Linear → relu | gelu | silu → (Dropout →) Linear inside; of these classes themselves or of subclasses
-    that inherit their forward. Parameters, ``state_dict``, hooks, training flags, device and the identity of every object stay; a module used
+    Converted are LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, and a Sequential with
+    Linear → relu | gelu | silu → (Dropout →) Linear inside; of these classes themselves or of subclasses that inherit their
+    forward. Parameters, ``state_dict``, hooks, training flags, device and the identity of every object stay; a module used
     twice is converted once. Modules already converted only take the new ``implementation``. Optimizers and compiled
     models go on working (torch.compile recompiles).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastattn.nn._fusion import project
+from fastattn.ops import _validate
 from fastattn.ops.attention import attention
+from fastattn.ops.attention_weights import attention_weights
 from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["MultiheadAttention"]
@@ -55,13 +56,6 @@ def _merge_masks(key_padding: Tensor | None, mask: Tensor | None, dtype: torch.d
     return merged if merged.dtype in (dtype, accumulation_dtype(dtype)) else merged.to(dtype)
 
 
-def _without_padding(key_padding_mask: Tensor, *rows: Tensor) -> list[Tensor]:
-    """The tensors (B, H, S, D) with zeros where ``key_padding_mask`` (B, S) or (S,) hides a key: 0 · NaN would be NaN."""
-    hidden = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == _HIDDEN
-    hidden = hidden.reshape(-1, 1, hidden.shape[-1], 1)
-    return [x.masked_fill(hidden, 0.0) for x in rows]
-
-
 class MultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` by :func:`fastattn.attention`.
 
@@ -78,9 +72,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     * ``add_zero_attn`` is one more exp(0) in the denominator of the softmax: nothing is concatenated.
     * Wrong arguments raise TypeError or ValueError where torch raises AssertionError or RuntimeError.
 
-    With ``need_weights=True`` scores, softmax, dropout and product are computed one by one, as in torch: the weights, which
-    are those after dropout, are O(L·S) memory in any case, and a fused pass beside them would only repeat the work. Pass
-    ``need_weights=False`` (as ``TransformerEncoderLayer`` does) to get the fused operator.
+    With ``need_weights=True``, torch's default, the output has the bits that it has without, from the same fused pass, and the
+    weights, which are those after dropout, come from :func:`fastattn.attention_weights`: O(L·S) memory, of all heads only if
+    they are not averaged.
 
     Nested tensors are computed by torch (its inference fast path, or its error).
 
@@ -136,24 +130,23 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal = is_causal and key_padding_mask is None and not need_weights
         causal = causal and q.shape[2] == keys_given and self.bias_k is None
         mask = None if causal else self._mask(key_padding_mask, attn_mask, q, keys_given)
-        if need_weights and key_padding_mask is not None:
-            k, v = _without_padding(key_padding_mask, k, v)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = self._append_key(k, self.bias_k), self._append_key(v, self.bias_v)
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=1.0 if mask.dtype == torch.bool else 0.0)
 
         dropout_p = self.dropout if self.training else 0.0
+        everything = dropout_p >= 1.0
+        if everything:
+            dropout_p = 0.0
         weights: Tensor | None = None
-        if need_weights or dropout_p >= 1.0:
-            out, weights = self._attend_stepwise(q, k, v, mask, dropout_p)
+        if need_weights:
+            out, weights = self._attend_with_weights(q, k, v, mask, dropout_p, average_attn_weights)
+            weights = weights if batched else weights.squeeze(0)
         else:
             out = self._attend(q, k, v, mask, causal, dropout_p)
-        if not need_weights:
-            weights = None
-        elif weights is not None:
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
+        if everything:
+            out, weights = out * 0.0, None if weights is None else weights * 0.0
         return self._merge_heads(out, batched), weights
 
     def _project_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,36 +207,30 @@ class MultiheadAttention(nn.MultiheadAttention):
             v,
             attn_mask=mask,
             causal=causal,
-            sinks=q.new_zeros(self.num_heads, dtype=accumulation_dtype(q.dtype)) if self.add_zero_attn else None,
+            sinks=self._sinks(q),
             dropout_p=dropout_p,
             implementation=self.implementation,
         )
 
-    def _attend_stepwise(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+    def _attend_with_weights(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, average: bool
     ) -> tuple[Tensor, Tensor]:
-        """Output (B, H, L, D) and the weights after dropout (B, H, L, S), in operations of torch.
+        """Output (B, H, L, D), with the bits of ``_attend``, and the weights after dropout (B, H, L, S) or (B, L, S)."""
+        rng_state = _validate.rng_state(None, dropout_p)
+        sinks = self._sinks(q)
+        common: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout_p, "rng_state": rng_state}
+        found: Any = attention(q, k, v, **common, sinks=sinks, return_lse=True, implementation=self.implementation)
+        out, lse = found
+        # No GPU implementation has this operation.
+        implementation = "auto" if self.implementation in ("cuda", "triton") else self.implementation
+        weights = attention_weights(q, k, lse, **common, average_heads=average, implementation=implementation)
+        if sinks is not None:
+            zero = F.dropout(torch.exp(-lse), dropout_p).unsqueeze(-1)
+            weights = torch.cat([weights, (zero.mean(dim=1) if average else zero).to(weights.dtype)], dim=-1)
+        return out, weights
 
-        Hidden scores are a huge negative number instead of -inf: exp gives the same zeros, and a row without a visible
-        key, which is zeroed after the softmax, has no NaN in either direction.
-        """
-        scores = (q * (1.0 / math.sqrt(self.head_dim))) @ k.transpose(-2, -1)
-        lowest = torch.finfo(scores.dtype).min / 2
-        empty = None
-        if mask is not None and mask.dtype == torch.bool:
-            hidden = mask.logical_not()
-            scores, empty = scores.masked_fill_(hidden, lowest), hidden.all(dim=-1, keepdim=True)
-        elif mask is not None:
-            added = mask.clamp(min=lowest)
-            scores = scores.add_(added) if added.dtype == scores.dtype else scores + added
-            empty = (mask == _HIDDEN).all(dim=-1, keepdim=True)
-        if self.add_zero_attn:
-            scores, empty = F.pad(scores, (0, 1)), None
-        weights = scores.softmax(dim=-1).to(q.dtype)
-        if empty is not None:
-            weights = weights.masked_fill(empty, 0.0) if weights.requires_grad else weights.masked_fill_(empty, 0.0)
-        weights = F.dropout(weights, dropout_p)
-        return weights[..., : k.shape[2]] @ v, weights
+    def _sinks(self, q: Tensor) -> Tensor | None:
+        return q.new_zeros(self.num_heads, dtype=accumulation_dtype(q.dtype)) if self.add_zero_attn else None
 
     def _append_key(self, x: Tensor, extra: Tensor) -> Tensor:
         """``x`` (B, H, S, D) with ``extra`` (1, 1, E) as key S of every sequence."""

@@ -3,6 +3,7 @@
 from fastattn.ops._select import Explanation, explain
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention_sequences import attention_varlen, attention_with_kv_cache
+from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.ffn import ffn, glu_ffn
 from fastattn.ops.linear import linear
 from fastattn.ops.loss import cross_entropy, linear_cross_entropy
@@ -13,6 +14,7 @@ __all__ = [
     "Explanation",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "attention_with_kv_cache",
     "cross_entropy",
     "explain",

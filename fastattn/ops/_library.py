@@ -56,6 +56,11 @@ SCHEMAS = {
         " Tensor? sequences=None, Tensor? statistics=None)"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dslopes, Tensor dsinks)"
     ),
+    # exp(score - lse) after dropout, in q's dtype: (B, H, Nq, Nk), or with average the mean over heads (B, Nq, Nk).
+    "attention_weights": (
+        "(Tensor q, Tensor k, Tensor lse, Tensor? attn_mask, Tensor? alibi_slopes, float softmax_scale, int window_left,"
+        " int window_right, int diagonal, float softcap, float dropout_p, Tensor? rng_state, bool average) -> Tensor"
+    ),
     # x, residual (M, N) with unit last stride; weight, bias (N,) in x.dtype or float32. h = dropout(x) + residual, y = norm(h).
     # h is (0,) when it would equal x; mean is (0,) for rms.
     "norm_forward": (
@@ -151,6 +156,11 @@ def _fake_attention_backward(  # type: ignore[no-untyped-def]
         torch.empty_like(alibi_slopes) if slopes_grad else _none(q),
         torch.empty_like(sinks) if sinks_grad else _none(q),
     )
+
+
+def _fake_attention_weights(q, k, *rest):  # type: ignore[no-untyped-def]
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, k.shape[2]) if rest[-1] else (batch, heads, rows, k.shape[2]))
 
 
 def _fake_norm_forward(x, residual, weight, bias, eps, rms, dropout_p, rng_state):  # type: ignore[no-untyped-def]
@@ -251,6 +261,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "attention_forward": _fake_attention_forward,
     "attention_inference": _fake_attention_inference,
     "attention_backward": _fake_attention_backward,
+    "attention_weights": _fake_attention_weights,
     "norm_forward": _fake_norm_forward,
     "norm_inference": _fake_norm_inference,
     "norm_backward": _fake_norm_backward,
@@ -271,7 +282,7 @@ FAKES: dict[str, Callable[..., object]] = {
 PRODUCTS = frozenset(
     f"{op}_{direction}"
     for op in ("attention", "linear", "ffn", "linear_cross_entropy")
-    for direction in ("forward", "backward", "inference")
+    for direction in ("forward", "backward", "inference", "weights")
 )
 
 #: Operators that Triton implements, and the module of kernels/ that holds the launcher of the same name.

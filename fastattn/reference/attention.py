@@ -115,31 +115,12 @@ def masked_attention(
         return _each_sequence(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table, common)
     accumulate = accumulation_dtype(q.dtype)
     batch, heads, rows, _ = q.shape
-    columns = k.shape[2]
-    groups = heads // k.shape[1] if k.shape[1] else 1
-    shape = torch.Size((batch, heads, rows, columns))
-
-    allowed = visible(rows, columns, window_left, window_right, diagonal, q.device)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        allowed = attn_mask if allowed is None else allowed & attn_mask
-
-    keys = k.to(accumulate).repeat_interleave(groups, dim=1)
-    values = v.to(accumulate).repeat_interleave(groups, dim=1)
-    if allowed is not None and rows > 0:
-        unseen = ~allowed.expand(shape).any(dim=2).unsqueeze(-1)
-        keys, values = keys.masked_fill(unseen, 0), values.masked_fill(unseen, 0)
-
-    scores = q.to(accumulate) @ keys.transpose(-1, -2) * softmax_scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask.to(accumulate)
-    if alibi_slopes is not None:
-        row = torch.arange(rows, device=q.device, dtype=accumulate).unsqueeze(1) + diagonal
-        distance = (row - torch.arange(columns, device=q.device, dtype=accumulate)).abs()
-        scores = scores - alibi_slopes.to(accumulate)[..., None, None] * distance
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
+    window = (window_left, window_right, diagonal)
+    scores, unseen = _scores(q, k, attn_mask, alibi_slopes, softmax_scale, softcap, window)
+    shape = scores.shape
+    values = v.to(accumulate).repeat_interleave(heads // k.shape[1] if k.shape[1] else 1, dim=1)
+    if unseen is not None:
+        values = values.masked_fill(unseen, 0)
 
     logits = scores
     if sinks is not None:
@@ -159,6 +140,74 @@ def masked_attention(
         factors = attention_dropout(shape, dropout_p, rng_state, q.device, first_head)
         probabilities = probabilities * factors.to(accumulate)
     return (probabilities @ values).to(q.dtype), lse
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    diagonal: int,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    average: bool,
+) -> Tensor:
+    """The operator's form (arguments of ``fastattn::attention_weights``): dropout_ij * exp(s_ij - lse_i), zero where not visible.
+
+    (B, H, Nq, Nk) or, averaged over heads, (B, Nq, Nk), in q's dtype.
+    """
+    window = (window_left, window_right, diagonal)
+    scores, _ = _scores(q, k, attn_mask, alibi_slopes, softmax_scale, softcap, window)
+    # A row that sees no key has lse = -inf and every score -inf.
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
+    if dropout_p > 0:
+        assert rng_state is not None
+        weights = weights * attention_dropout(scores.shape, dropout_p, rng_state, q.device).to(weights.dtype)
+    return (weights.mean(dim=1) if average else weights).to(q.dtype)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+    window: tuple[int, int, int],
+) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, H, Nq, Nk), -inf where not visible, and the keys (B, H, Nk, 1) that no row of a head sees: they are not read.
+
+    window: window_left, window_right, diagonal.
+    """
+    accumulate = accumulation_dtype(q.dtype)
+    batch, heads, rows, _ = q.shape
+    columns, diagonal = k.shape[2], window[2]
+    allowed = visible(rows, columns, *window, q.device)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = attn_mask if allowed is None else allowed & attn_mask
+
+    keys = k.to(accumulate).repeat_interleave(heads // k.shape[1] if k.shape[1] else 1, dim=1)
+    unseen = None
+    if allowed is not None and rows > 0:
+        unseen = ~allowed.expand(batch, heads, rows, columns).any(dim=2).unsqueeze(-1)
+        keys = keys.masked_fill(unseen, 0)
+
+    scores = q.to(accumulate) @ keys.transpose(-1, -2) * softmax_scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.to(accumulate)
+    if alibi_slopes is not None:
+        row = torch.arange(rows, device=q.device, dtype=accumulate).unsqueeze(1) + diagonal
+        distance = (row - torch.arange(columns, device=q.device, dtype=accumulate)).abs()
+        scores = scores - alibi_slopes.to(accumulate)[..., None, None] * distance
+    return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf), unseen
 
 
 def _each_sequence(

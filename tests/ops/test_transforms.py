@@ -258,6 +258,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
         "attention_forward": (q, k, v, mask, slopes, sinks, *options, RNG),
         "attention_inference": (q, k, v, mask, slopes, sinks, *options, RNG),
         "attention_backward": (*both, mask, slopes, sinks, *options, RNG, True, True, True, None, saved),
+        "attention_weights": (q, k, lse, mask, slopes, *options, RNG, True),
         "norm_forward": (x, x.clone(), w, b, 1e-5, False, 0.1, RNG),
         "norm_inference": (x, w, b, 6, 1e-5, False),
         "norm_backward": (torch.randn_like(y), torch.randn_like(h), h, w, mean, rstd, False, 0.1, RNG, True, True),
