@@ -58,8 +58,13 @@ def attention_forward(
         config = attention_tma.chosen(inputs, features, configs.arch_of(q))
         if config is None:
             launch_forward(inputs, features, out, lse)
-        else:
+        elif isinstance(config, configs.AttentionTma):
             attention_tma.launch_forward(inputs, features, out, lse, config)
+        else:
+            # Imported only where it runs: Gluon is experimental, and its names change with Triton's versions.
+            from fastattn.kernels import attention_gluon
+
+            attention_gluon.launch_forward(inputs, features, out, lse, config)
     return out, lse, lse.new_zeros((2, *lse.shape) if q.dtype == torch.float32 else 0)
 
 

@@ -53,12 +53,17 @@ def why_not(inputs: Inputs, features: Features) -> str | None:
     return None
 
 
-def chosen(inputs: Inputs, features: Features, arch: configs.Arch) -> configs.AttentionTma | None:
-    """The configuration with which this kernel takes the call; None: it is the portable kernel's."""
+def chosen(
+    inputs: Inputs, features: Features, arch: configs.Arch
+) -> configs.AttentionTma | configs.AttentionGluon | None:
+    """The kernel that takes the call where its tiles can be fetched by TMA, by its configuration; None: the portable one."""
     widest = max(features.block_d, features.block_dv)
     windowed = features.left or features.right
     config = configs.attention_forward_sm90(widest, inputs.q.ptr.dtype, features.extras, windowed, arch)
-    return config if isinstance(config, configs.AttentionTma) and why_not(inputs, features) is None else None
+    if config is None or isinstance(config, configs.AttentionPortable) or why_not(inputs, features) is not None:
+        return None
+    plain = features.head_dim == features.head_dim_v == widest and not features.sinks
+    return configs.AFTER_GLUON if isinstance(config, configs.AttentionGluon) and not plain else config
 
 
 def described(x: Operand, block_rows: int, block_dim: int) -> TensorDescriptor:
@@ -69,9 +74,11 @@ def described(x: Operand, block_rows: int, block_dim: int) -> TensorDescriptor:
     return TensorDescriptor(x.ptr, shape, [*strides, 1], [1, 1, block_rows, block_dim])
 
 
-def section_lines(line_bytes: int, group: int, lines: int) -> int:
-    """Lines per section: as many groups of ``group`` lines that share keys and values of ``line_bytes`` as fit, at least one."""
-    return min(lines, max(1, SECTION_BYTES // max(1, line_bytes)) * group)
+def section_lines(inputs: Inputs, features: Features, lines: int) -> int:
+    """Lines per section: as many groups of lines with the same keys and values as fit ``SECTION_BYTES``, at least one."""
+    channels = features.head_dim + features.head_dim_v
+    key_head_bytes = max(1, inputs.sizes.keys) * channels * inputs.k.ptr.element_size()
+    return min(lines, max(1, SECTION_BYTES // key_head_bytes) * inputs.sizes.group)
 
 
 @triton.jit
@@ -141,12 +148,18 @@ def _attend_tile(
 
 @triton.jit
 def attention_forward_tma_kernel(
-    q_tiles, k_tiles, v_tiles, k_edges, v_edges, out_tiles, lse, inputs, lines, section,
+    q_tiles, k_tiles, v_tiles, k_edges, v_edges, out_tiles, lse, flags, inputs, lines, section,
     FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, Nq, Dv) and lse (B, H, Nq) float32 contiguous. Grid: one program a tile, or if PERSISTENT at most that many."""
+    """out (B, H, Nq, Dv) and lse (B, H, Nq) float32 contiguous. Grid: one program a tile, or if PERSISTENT at most that many.
+
+    flags (tiles, 2) int32 or None: only tiles of which one is set.
+    """
     blocks = tl.cdiv(inputs.sizes.rows, BLOCK_M)
+    if flags is not None:  # noqa: SIM102  Triton's "and" would evaluate both sides
+        if (tl.load(flags + 2 * tl.program_id(0)) | tl.load(flags + 2 * tl.program_id(0) + 1)) == 0:
+            return
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), blocks * lines, tl.num_programs(0)):
             block, line = place_of_tile(tile, blocks, lines, section)
@@ -163,14 +176,18 @@ def attention_forward_tma_kernel(
 
 
 def launch_forward(
-    inputs: Inputs, features: Features, out: torch.Tensor, lse: torch.Tensor, config: configs.AttentionTma
+    inputs: Inputs,
+    features: Features,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    config: configs.AttentionTma,
+    flags: torch.Tensor | None = None,
 ) -> None:
-    """Fill out and lse, where ``why_not`` has nothing to say."""
+    """Fill out and lse, where ``why_not`` has nothing to say. ``flags`` (tiles, 2) int32: only tiles of which one is set."""
     batch, heads, rows, _ = out.shape
     lines, tiles = batch * heads, triton.cdiv(rows, config.block_m) * batch * heads
-    line_bytes = inputs.sizes.keys * (features.head_dim + features.head_dim_v) * out.element_size()
-    programs = min(tiles, configs.multiprocessors(out)) if config.persistent else tiles
-    attention_forward_tma_kernel[(programs,)](
+    persistent = config.persistent and flags is None
+    attention_forward_tma_kernel[(min(tiles, configs.multiprocessors(out)) if persistent else tiles,)](
         q_tiles=described(inputs.q, config.block_m, features.block_d),
         k_tiles=described(inputs.k, config.block_n, features.block_d),
         v_tiles=described(inputs.v, config.block_n, features.block_dv),
@@ -178,14 +195,15 @@ def launch_forward(
         v_edges=described(inputs.v, config.edge_n, features.block_dv),
         out_tiles=described(operand(out), config.block_m, features.block_dv),
         lse=lse,
+        flags=flags,
         inputs=inputs,
         lines=lines,
-        section=section_lines(line_bytes, inputs.sizes.group, lines),
+        section=section_lines(inputs, features, lines),
         FEATURES=features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         EDGE_N=config.edge_n,
-        PERSISTENT=config.persistent,
+        PERSISTENT=persistent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

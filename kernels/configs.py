@@ -58,6 +58,14 @@ class AttentionTma:
 
 
 @dataclass(frozen=True)
+class AttentionGluon:
+    """The kernel of ``attention_gluon.py``, which no GPU has run: 128 rows, ``block_n`` keys a step, rings of ``num_stages``."""
+
+    block_n: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class AttentionPortable:
     """The kernel and tiles of ``attention_forward``, where one that needs more of the architecture could run."""
 
@@ -164,10 +172,14 @@ def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arc
     return Attention(64, 32, 8, 2)
 
 
+#: For what the Gluon kernel, once chosen, leaves: tiles of its 128 rows, one a program.
+AFTER_GLUON = AttentionTma(128, 64, 32, 8, 2, False)
+
+
 @choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH, windowed=BOTH)
 def attention_forward_sm90(
     head_dim: int, dtype: torch.dtype, extras: bool, windowed: bool, arch: Arch
-) -> AttentionTma | AttentionPortable | None:
+) -> AttentionTma | AttentionGluon | AttentionPortable | None:
     """Which forward kernel sm_90 and sm_100 run where it takes the call (``attention_tma.why_not``); None: the portable one.
 
     ``windowed``: rows differ in how many keys they see. Then a program a tile, handed out by the hardware as others end: the
@@ -192,8 +204,8 @@ def attention_forward_sm90(
 @attention_forward_sm90.candidates
 def _tma_tiles(
     head_dim: int, dtype: torch.dtype, extras: bool, windowed: bool, arch: Arch
-) -> Iterator[AttentionTma | AttentionPortable]:
-    """The portable kernel, other steps and stages, and the other grid."""
+) -> Iterator[AttentionTma | AttentionGluon | AttentionPortable]:
+    """The portable kernel, other steps and stages, the other grid, and the only way to the Gluon kernel."""
     yield AttentionPortable()
     if head_dim == 256:
         yield AttentionTma(128, 32, 32, 8, 2, False)
@@ -203,6 +215,9 @@ def _tma_tiles(
             yield AttentionTma(128, keys, 32, 8, stages, False)
             if arch.number < 100 and not windowed:
                 yield AttentionTma(128, keys, 32, 8, stages, True)
+    if arch.number == 90 and not extras:
+        yield AttentionGluon(128, 2)
+        yield AttentionGluon(128, 3) if head_dim == 64 else AttentionGluon(64, 3)
 
 
 @choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.kernels import configs
+from fastattn.kernels import choice, configs
 from fastattn.kernels.choice import BOTH
 
 #: float32 in both of the ways that torch's matmul precision can ask for.
@@ -91,16 +91,25 @@ def attention(head_dim: int, dtype: str, extras: bool) -> None:
     _backward(*fastattn.attention(q, k, v, return_lse=True, implementation="triton", **options))
 
 
-@family(head_dim=configs.HEAD_DIMS, windowed=BOTH, extras=BOTH, keys=("own", "expanded"))
+@family(head_dim=configs.HEAD_DIMS, windowed=BOTH, extras=BOTH, keys=("own", "expanded", "gluon"))
 def attention_forward(head_dim: int, windowed: bool, extras: bool, keys: str) -> None:
-    """Without mask and dropout, in which sm_90 and sm_100 have a kernel of their own; TMA cannot read expanded keys."""
+    """Without mask and dropout, in which sm_90 and sm_100 have kernels of their own; TMA cannot read expanded keys. "gluon": the
+    candidates of that kernel, which ships nowhere."""
     q, k, v = (torch.zeros(1, 2, 256, head_dim, dtype=torch.bfloat16) for _ in range(3))
     if keys == "expanded":
         k = v = k[:, :1].expand(1, 2, 256, head_dim)
     options: dict[str, Any] = {"causal": windowed}
     if extras:
         options |= {"softcap": 30.0, "alibi_slopes": torch.zeros(2), "sinks": torch.zeros(2)}
-    fastattn.attention(q, k, v, implementation="triton", **options)
+    if keys != "gluon":
+        fastattn.attention(q, k, v, implementation="triton", **options)
+        return
+    chosen, arch = configs.attention_forward_sm90, configs.arch_of(q)
+    point = chosen.point(head_dim, torch.bfloat16, extras, windowed)
+    for config in chosen.possible(point, arch):
+        if isinstance(config, configs.AttentionGluon):
+            with choice.trying(chosen, point, arch, config):
+                fastattn.attention(q, k, v, implementation="triton", **options)
 
 
 @family(columns=configs.NORM_COLUMNS, dtype=("bfloat16", "float32"), rms=BOTH)

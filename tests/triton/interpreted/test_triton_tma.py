@@ -126,8 +126,33 @@ def test_every_tile_once_and_the_longest_of_a_section_first(blocks: int, lines: 
 
 
 def test_sections_fit_the_cache_and_keep_groups_whole() -> None:
-    mebibyte = 1 << 20
-    assert section_lines(8 * mebibyte, 1, 64) == 4
-    assert section_lines(8 * mebibyte, 6, 64) == 24
-    assert section_lines(100 * mebibyte, 4, 64) == 4
-    assert section_lines(1, 1, 64) == 64
+    def section(keys: int, group: int, lines: int) -> int:
+        """Of lines whose keys and values have ``keys`` KiB."""
+        k = torch.empty(1, 1, keys, 256, dtype=torch.float16)
+        q = k[:, :, :1].expand(1, group, 1, 256)
+        return section_lines(
+            *prepare(q, k, k, None, None, None, Score(1.0, 0.0, -1, -1, 0), 0.0, None, None, None), lines
+        )
+
+    assert section(8 * 1024, 1, 64) == 4
+    assert section(8 * 1024, 6, 64) == 24
+    assert section(100 * 1024, 4, 64) == 4
+    assert section(1, 1, 64) == 64
+
+
+def test_only_tiles_with_a_flag_are_computed(launches: list[object]) -> None:
+    q, k, v = _inputs(torch.float16, 150, 70, (64, 64), (2, 1))
+    expected = fastattn.attention(q, k, v, causal=True, implementation="triton")
+    prepared = prepare(q, k, v, None, None, None, Score(1 / 8, 0.0, -1, 0, 70 - 150), 0.0, None, None, None)
+    out, lse = torch.full_like(q, 7.0), torch.full((2, 2, 150), 7.0)
+    config = configs.AttentionTma(64, 64, 32, 4, 1, False)
+    flags = torch.zeros(12, 2, dtype=torch.int32)
+    section = section_lines(*prepared, 4)
+    assert section == 4  # so that tile i is row block 2 - i // 4 of line i % 4
+    flags[5, 0] = flags[2, 1] = 1
+    attention_tma.launch_forward(*prepared, out, lse, config, flags)
+    computed = (out.view(4, 150, 64) != 7.0).any(2)
+    wanted = torch.zeros(4, 150, dtype=torch.bool)
+    wanted[1, 64:128] = wanted[2, 128:] = True
+    assert torch.equal(computed, wanted) and torch.equal(lse.view(4, 150) != 7.0, wanted)
+    assert torch.equal(out.view(4, 150, 64)[wanted], expected.view(4, 150, 64)[wanted])
