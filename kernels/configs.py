@@ -156,20 +156,38 @@ def attention_forward(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arc
     """Tiles of the forward kernel. ``head_dim``: the larger padded one of q/k and v; ``extras``: ``Features.extras``.
 
     8 warps for 128 rows: on sm_90 a warpgroup owns the 64 rows of one wgmma. sm_80 keeps operands of mma.sync in registers, which
-    halves the keys a step from head_dim 128 on; extras take a quarter of the tile. float32 on the plain FMA
-    path holds operands in registers.
+    halves the keys a step from head_dim 128 on; extras take a quarter of the tile, at 256 an eighth.
     """
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        return Attention(32, 32, 8, 1)
+        return _float32_attention(head_dim, arch, (32, 16), (16, 32))
+    if head_dim > 128:
+        if extras:
+            return Attention(32, 32, _warps(arch), 1)
+        return Attention(64, 16, 8, 1) if _sm120(arch) else Attention(64, 32, _warps(arch), 2)
     if extras:
-        return Attention(64, 32, 8, 1 if head_dim > 128 and arch.number >= 100 else 2)
+        return Attention(64, 32, 8, 2)
     if head_dim <= 64:
         return Attention(128, 64, 8, 3)
-    if head_dim <= 128:
-        return Attention(128, 64, 8, 3) if arch.number == 90 else Attention(128, 32, 8, 2)
-    return Attention(64, 32, 8, 2)
+    return Attention(128, 64, 8, 3) if arch.number == 90 else Attention(128, 32, 8, 2)
+
+
+def _float32_attention(head_dim: int, arch: Arch, wide: tuple[int, int], widest: tuple[int, int]) -> Attention:
+    """float32 on the plain FMA path holds operands in registers, head_dim numbers for each of a thread's rows and keys: (block_m,
+    block_n) is ``wide`` at 128 channels, ``widest`` at 256. AMD's lanes are twice as many with up to 512 registers each."""
+    block_m, block_n = (32, 32) if head_dim <= 64 else wide if head_dim <= 128 else widest
+    return Attention(block_m, block_n, _warps(arch), 1, 255 if arch.kind == "cuda" else None)
+
+
+def _warps(arch: Arch) -> int:
+    """Of a program that needs all registers: 256 threads of 255, on gfx942 as many lanes of 512."""
+    return 4 if arch.kind == "hip" else 8
+
+
+def _sm120(arch: Arch) -> bool:
+    """mma.sync and 99 KiB of shared memory, with a number above those that have wgmma and tcgen05."""
+    return arch.number >= 120
 
 
 #: For what the Gluon kernel, once chosen, leaves: tiles of its 128 rows, one a program.
@@ -222,16 +240,24 @@ def _tma_tiles(
 
 @choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)
 def attention_backward_queries(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Attention:
-    """Tiles of the dQ kernel: q, dout and dq stay for all keys, two score-sized tiles live at once."""
+    """Tiles of the dQ kernel: q, dout and dq stay for all keys, two score-sized tiles live at once.
+
+    At head_dim 256 q and dout of 128 rows are 128 KiB, more than sm_86, sm_89 and sm_120 have.
+    """
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        return Attention(32, 32, 8, 1)
+        return _float32_attention(head_dim, arch, (32, 16), (16, 16))
+    warps = _warps(arch)
+    if head_dim > 128 and extras:
+        return Attention(32, 32, warps, 1)
+    if head_dim > 128:
+        return Attention(128, 16, 8, 1) if 90 <= arch.number < 120 else Attention(64, 32, warps, 1)
+    if _sm120(arch):
+        return Attention(64, 32 if head_dim <= 64 or not extras else 16, 8, 2)
     if head_dim > 64 and extras:
-        return Attention(128, 16, 8, 2 if head_dim <= 128 else 1)
-    if head_dim <= 128:
-        return Attention(128, 64 if arch.number >= 90 and not extras else 32, 8, 2)
-    return Attention(128, 16, 8, 1)
+        return Attention(128, 16, warps, 2)
+    return Attention(128, 64 if arch.number >= 90 and not extras else 32, warps, 2)
 
 
 @choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)
@@ -244,16 +270,18 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        return Attention(32, 32, 8, 1)
+        return _float32_attention(head_dim, arch, (16, 16), (16, 16))
+    if arch.kind == "hip":
+        return Attention(16 if extras else 32, 128, 4, 1) if head_dim <= 128 else Attention(16, 32, 4, 1)
     if head_dim <= 64:
         return Attention(16 if extras else 32, 128, 8, 2)
-    if head_dim <= 128 and extras:
+    if head_dim > 128 or (extras and arch.number >= 100):
+        return Attention(32, 32, 8, 1)
+    if extras:
         return Attention(16, 64, 8, 2)
-    if head_dim <= 128:
-        if arch.number >= 100:
-            return Attention(64, 64, 8, 1)
-        return Attention(16, 128, 8, 2) if arch.number == 90 else Attention(32, 64, 8, 2)
-    return Attention(32, 32, 8, 1)
+    if 100 <= arch.number < 120:
+        return Attention(64, 64, 8, 1)
+    return Attention(16, 128, 8, 2) if arch.number == 90 else Attention(32, 64, 8, 2)
 
 
 @choice(head_dim=HEAD_DIMS, dtype=DTYPES)
@@ -261,6 +289,8 @@ def attention_mask_gradient(head_dim: int, dtype: torch.dtype, arch: Arch) -> At
     """Tiles of the mask's gradient: the sum of dS (block_m x block_n) stays, operands are loaded anew each step."""
     if arch.kind == "interpreter":
         return _INTERPRETED
+    if dtype == torch.float32 and head_dim > 128:
+        return Attention(16, 32, 4, 1)
     if dtype == torch.float32 or head_dim > 128:
         return Attention(32, 32, 4, 1)
     return Attention(64, 64, 4, 1)
