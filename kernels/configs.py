@@ -21,6 +21,9 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 #: Row lengths of norms that are told apart; beyond the largest the looped kernels do the rest.
 NORM_COLUMNS = tuple(1 << bits for bits in range(4, 16))
 
+#: Numbers of classes that are told apart: up to the largest a tile holds whole rows.
+LOSS_COLUMNS = (16, 128, 1024, 2048, 4096)
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -98,6 +101,16 @@ class Rope:
     heads: int
     pairs: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``rows`` rows by ``columns`` logits a step."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -380,6 +393,42 @@ def _rope_tiles(pairs: int, heads: int, arch: Arch) -> Iterator[Rope]:
     for elements, warps in itertools.product((512, 1024, 2048, 4096), (2, 4, 8)):
         for together in {min(heads, elements // pairs), min(heads, 4), 1}:
             yield Rope(elements // (pairs * together), together, pairs, warps)
+
+
+@choice(columns=LOSS_COLUMNS)
+def cross_entropy(columns: int, arch: Arch) -> Loss:
+    """A step of 2048 logits: 16 lanes a thread, each with its own maximum and sum, and with smoothing two sums more. The next
+    step's loads are under way while this one is computed; several short rows a program. By V alone: a row's lanes are its
+    bits."""
+    block = min(next_power_of_2(columns), 2048)
+    return Loss(min(16, 2048 // block), block, 4, 2 if columns > block else 1)
+
+
+@cross_entropy.candidates
+def _cross_entropy_tiles(columns: int, arch: Arch) -> Iterator[Loss]:
+    for block, warps, stages in itertools.product((1024, 2048, 4096), (4, 8), (1, 2, 3)):
+        if columns > block:
+            yield Loss(1, block, warps, stages)
+
+
+@choice(columns=LOSS_COLUMNS)
+def cross_entropy_gradient(columns: int, arch: Arch) -> Loss:
+    """2048 independent logits a program, 16 a thread."""
+    block = min(next_power_of_2(columns), 2048)
+    return Loss(min(16, 2048 // block), block, 4, 1)
+
+
+@cross_entropy_gradient.candidates
+def _cross_entropy_gradient_tiles(columns: int, arch: Arch) -> Iterator[Loss]:
+    for block, warps in itertools.product((1024, 2048, 4096), (4, 8)):
+        if columns >= block:
+            yield Loss(1, block, warps, 1)
+
+
+@choice()
+def loss_reduction(arch: Arch) -> Loss:
+    """One program for all rows, whose losses are read once: 4 bytes each beside the row of logits that it came from."""
+    return Loss(1, 4096, 16, 1)
 
 
 @choice()

@@ -293,6 +293,10 @@ TRITON_OPS = {
     "norm_backward": "norm",
     "rope": "rope",
     "rope_": "rope",
+    "cross_entropy_forward": "loss",
+    "cross_entropy_backward": "loss",
+    "linear_cross_entropy_forward": "linear_loss",
+    "linear_cross_entropy_backward": "linear_loss",
     "ffn_forward": "ffn",
     "ffn_backward": "ffn",
 }

@@ -16,14 +16,20 @@ from fastattn import reference
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import apply, forward_mode, pullback_of_gradient, pushforward, wants_gradient
 from fastattn.ops._library import products
-from fastattn.ops._select import choose
+from fastattn.ops._select import choose, triton_dtype
 from fastattn.reference.loss import REDUCTIONS
 from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
+_forward = torch.ops.fastattn.cross_entropy_forward.default
+_triton_forward = torch.ops.fastattn.triton_cross_entropy_forward.default
+_backward = torch.ops.fastattn.cross_entropy_backward.default
+_triton_backward = torch.ops.fastattn.triton_cross_entropy_backward.default
 _linear_forward = products("linear_cross_entropy_forward")
+_triton_linear_forward = torch.ops.fastattn.triton_linear_cross_entropy_forward.default
 _linear_backward = products("linear_cross_entropy_backward")
+_triton_linear_backward = torch.ops.fastattn.triton_linear_cross_entropy_backward.default
 
 
 class _Options(NamedTuple):
@@ -47,12 +53,12 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.fastattn.cross_entropy_forward(*args)
+    def forward(triton: bool, *args: Any) -> tuple[Tensor, ...]:
+        return (_triton_forward if triton else _forward)(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, class_weight, *options = inputs
+        ctx.triton, logits, target, class_weight, *options = inputs
         ctx.options = _Options(*options)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -62,10 +68,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dloss is None:
-            return (None,) * 8
+            return (None,) * 9
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         gradient = _CrossEntropyGradient.apply if differentiable else _CrossEntropyGradient.forward
-        return gradient(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+        return None, gradient(ctx.triton, dloss, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
 class _CrossEntropyDual(_CrossEntropy):
@@ -74,7 +80,7 @@ class _CrossEntropyDual(_CrossEntropy):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         logits, target, class_weight = ctx.saved_tensors[:3]
-        (dloss,) = pushforward(_formula(target, class_weight, ctx.options), 1, (logits,), tangents[:1])
+        (dloss,) = pushforward(_formula(target, class_weight, ctx.options), 1, (logits,), tangents[1:2])
         return dloss, None
 
 
@@ -84,20 +90,20 @@ class _CrossEntropyGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dloss: Tensor, *args: Any) -> Tensor:
-        return torch.ops.fastattn.cross_entropy_backward(dloss.contiguous(), *args)
+    def forward(triton: bool, dloss: Tensor, *args: Any) -> Tensor:
+        return (_triton_backward if triton else _backward)(dloss.contiguous(), *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.options = _Options(*inputs[5:])
-        ctx.save_for_backward(*inputs[:4])
+        ctx.options = _Options(*inputs[6:])
+        ctx.save_for_backward(*inputs[1:5])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         dloss, logits, target, class_weight = ctx.saved_tensors
         formula = _formula(target, class_weight, ctx.options)
         onto_inputs, onto_cotangents = pullback_of_gradient(formula, (logits,), (True,), (dloss,), upstream)
-        return *onto_cotangents, *onto_inputs, *[None] * 8
+        return None, *onto_cotangents, *onto_inputs, *[None] * 8
 
 
 def _linear_formula(target: Tensor, options: _Options) -> Any:
@@ -110,30 +116,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _linear_forward(*args)
+    def forward(triton: bool, *args: Any) -> tuple[Tensor, ...]:
+        return (_triton_linear_forward if triton else _linear_forward)(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, ctx.ready = _Options(*inputs[4:9]), inputs[9:]
+        ctx.triton, *tensors = inputs[:5]
+        ctx.options, ctx.ready = _Options(*inputs[5:10]), inputs[10:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else zeros of dweight's size arrive with every dloss
-        ctx.save_for_backward(*inputs[:4], *output[1:])
-        ctx.save_for_forward(*inputs[:4])
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dloss is None:
-            return (None,) * 12
-        needs = ctx.needs_input_grad[:3]
+            return (None,) * 13
+        needs = ctx.needs_input_grad[1:4]
         ready = all(made for made, need in zip(ctx.ready, needs, strict=True) if need)
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if ready and not differentiable and _is_one(dloss):
             grads = ctx.saved_tensors[5:]
         else:
             gradient = _LinearCrossEntropyGradient.apply if differentiable else _LinearCrossEntropyGradient.forward
-            grads = gradient(dloss, *ctx.saved_tensors, ready, *ctx.options, *needs)
-        return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 9
+            grads = gradient(ctx.triton, dloss, *ctx.saved_tensors, ready, *ctx.options, *needs)
+        return None, *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 9
 
 
 class _LinearCrossEntropyDual(_LinearCrossEntropy):
@@ -142,7 +149,7 @@ class _LinearCrossEntropyDual(_LinearCrossEntropy):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         *inputs, target = ctx.saved_tensors[:4]
-        (dloss,) = pushforward(_linear_formula(target, ctx.options), 1, inputs, tangents[:3])
+        (dloss,) = pushforward(_linear_formula(target, ctx.options), 1, inputs, tangents[1:4])
         return dloss, None, None, None, None
 
 
@@ -150,6 +157,8 @@ def _is_one(dloss: Tensor) -> bool:
     """Whether this is a plain backward() of the loss: the gradients that forward made are then handed over as they are."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(dloss):
         return False
+    if dloss.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # the host cannot look at it while a graph is captured
     return dloss.item() == 1
 
 
@@ -160,16 +169,17 @@ class _LinearCrossEntropyGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        dloss, x, weight, bias, target, statistics, *made, ready = args[:10]
+        triton, dloss, x, weight, bias, target, statistics, *made, ready = args[:11]
         if not ready:
-            return _linear_backward(dloss.contiguous(), x, weight, bias, target, statistics, *args[10:])
+            backward = _triton_linear_backward if triton else _linear_backward
+            return backward(dloss.contiguous(), x, weight, bias, target, statistics, *args[11:])
         return tuple((g * dloss).to(g.dtype) for g in made)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, ctx.wanted = _Options(*inputs[10:15]), inputs[15:]
+        ctx.options, ctx.wanted = _Options(*inputs[11:16]), inputs[16:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_backward(*inputs[1:6])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
@@ -177,7 +187,7 @@ class _LinearCrossEntropyGradient(torch.autograd.Function):
         wanted = [asked and t is not None for asked, t in zip(ctx.wanted, inputs, strict=True)]
         formula = _linear_formula(target, ctx.options)
         onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dloss,), upstream)
-        return *onto_cotangents, *onto_inputs, *[None] * 14
+        return None, *onto_cotangents, *onto_inputs, *[None] * 14
 
 
 def cross_entropy(
@@ -204,14 +214,14 @@ def cross_entropy(
         weight: (V,) class weights, floating; a constant: asking for its gradient raises.
         reduction: mean (over what is not ignored, by weight: NaN if that is nothing, as in torch) | sum | none.
         label_smoothing: in [0, 1]. softcap: > 0 caps the logits (Gemma 2), 0 does not. z_loss: ≥ 0, the factor of lse² (PaLM).
-        implementation: auto | cpu | reference.
+        implementation: auto | triton | cpu | reference.
 
     Returns:
         A scalar, or (tokens,) with reduction="none", in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError, TypeError: naming the argument; IndexError or RuntimeError: a target out of bounds;
-        NotImplementedError: the named implementation does not take the call.
+        ValueError, TypeError: naming the argument; IndexError or RuntimeError: a target out of bounds (Triton, which cannot look at
+        it without waiting for the GPU, makes the loss NaN); NotImplementedError: the named implementation does not take the call.
     """
     _validate.floating("logits", _validate.tensor("logits", logits, 2))
     tokens, classes = logits.shape
@@ -224,13 +234,16 @@ def cross_entropy(
         if weight.requires_grad:
             raise NotImplementedError("weight: requires a gradient, but class weights are constants; detach it")
         weight = weight.to(accumulation_dtype(logits.dtype)).contiguous()
-    if choose("cross_entropy", implementation, logits.device, {"cpu": lambda: None}) == "reference":
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_dtype(logits.dtype)}
+    chosen = choose("cross_entropy", implementation, logits.device, why_not)
+    if chosen == "reference":
         return reference.cross_entropy(logits, target, weight, **options.named())
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
+    arguments = (chosen == "triton", logits, target, weight, *options)
     if wants_gradient(logits):
-        return apply(_CrossEntropyDual if forward_mode() else _CrossEntropy, logits, target, weight, *options)[0]
-    return torch.ops.fastattn.cross_entropy_forward(logits, target, weight, *options)[0]
+        return apply(_CrossEntropyDual if forward_mode() else _CrossEntropy, *arguments)[0]
+    return _CrossEntropy.forward(*arguments)[0]
 
 
 def linear_cross_entropy(
@@ -250,7 +263,8 @@ def linear_cross_entropy(
 
     With mean or sum the gradients are computed together with the loss, if they are wanted, and multiplied by the incoming one in
     backward (which rounds 16-bit ones once more, unless it is a power of two); with none the logits are computed again there.
-    Scratch memory is a quarter of the logits in x's dtype, at least 16 and at most 512 MiB.
+    Scratch memory is a quarter of the logits in x's dtype, at least 16 and at most 512 MiB; Triton's sum of a 16-bit weight's
+    gradient over several such parts is float32, twice the weight more.
 
     Args:
         x: (..., K), float64/32/16 or bfloat16; weight and bias have its dtype and device.
@@ -277,7 +291,9 @@ def linear_cross_entropy(
         _validate.like("bias", bias, "x", x)
     target = _class_indices(target, tuple(shape), x, "x")
     options = _options(classes, ignore_index, reduction, label_smoothing, softcap, z_loss)
-    if choose("linear_cross_entropy", implementation, x.device, {"cpu": lambda: None}) == "reference":
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_dtype(x.dtype)}
+    chosen = choose("linear_cross_entropy", implementation, x.device, why_not)
+    if chosen == "reference":
         return reference.linear_cross_entropy(x, weight, target, bias, **options.named())
     matrices = (
         x.reshape(math.prod(shape), x.shape[-1]).contiguous(),
@@ -289,9 +305,9 @@ def linear_cross_entropy(
         if reduction != "none" and torch.is_grad_enabled():
             wanted = [t is not None and t.requires_grad for t in matrices]
         function = _LinearCrossEntropyDual if forward_mode() else _LinearCrossEntropy
-        loss = apply(function, *matrices, target.reshape(-1), *options, *wanted)[0]
+        loss = apply(function, chosen == "triton", *matrices, target.reshape(-1), *options, *wanted)[0]
     else:
-        loss = _linear_forward(*matrices, target.reshape(-1), *options, *wanted)[0]
+        loss = _LinearCrossEntropy.forward(chosen == "triton", *matrices, target.reshape(-1), *options, *wanted)[0]
     return loss.reshape(shape) if reduction == "none" else loss
 
 

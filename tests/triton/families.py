@@ -144,3 +144,22 @@ def rope(head_dim: int, heads: int, dtype: str, interleaved: bool) -> None:
     x = _empty(2, 64, heads, head_dim, dtype=dtype).transpose(1, 2)
     angles = torch.zeros(64, rotated // 2)
     _backward(fastattn.rope(x, angles, angles, interleaved=interleaved, implementation="triton"))
+
+
+@family(classes=(10, 100, 1000, 2000, 32000), dtype=("bfloat16", "float32"), options=BOTH)
+def cross_entropy(classes: int, dtype: str, options: bool) -> None:
+    """``options``: class weights, smoothing, softcap and z-loss."""
+    logits = _empty(64, classes, dtype=dtype)
+    target = torch.zeros(64, dtype=torch.int64)
+    extras: dict[str, Any] = {}
+    if options:
+        extras = {"weight": torch.ones(classes), "label_smoothing": 0.1, "softcap": 30.0, "z_loss": 0.1}
+    _backward(fastattn.cross_entropy(logits, target, implementation="triton", **extras))
+
+
+@family(dtype=("bfloat16", "float32"), reduction=("none", "mean"))
+def linear_cross_entropy(dtype: str, reduction: str) -> None:
+    """The products are torch's own."""
+    x, weight, bias = (_empty(*shape, dtype=dtype) for shape in ((64, 64), (4096, 64), (4096,)))
+    target = torch.zeros(64, dtype=torch.int64)
+    _backward(fastattn.linear_cross_entropy(x, weight, target, bias, reduction=reduction, implementation="triton"))
