@@ -24,6 +24,7 @@ from fastattn.kernels.loss import (
     forward_rows,
     gradient_rows,
     loss_factor,
+    padded_logits,
     reduced_loss,
 )
 
@@ -136,14 +137,14 @@ def linear_cross_entropy_forward(
     wanted = x_grad or weight_grad or bias_grad
     if wanted:
         _, part, power = loss_factor(None, layer.targets, layer.options, reduction, classes)
-    scratch = x.new_empty(layer.chunk, classes)
+    scratch, readable = padded_logits(layer.chunk, classes, x)
     for begin in range(0, tokens, max(layer.chunk, 1)):
         rows = slice(begin, begin + layer.chunk)
         logits = layer.logits(rows, scratch)
         targets = Targets(target[rows], None, None)
-        forward_rows(logits, targets, layer.options, row_loss[rows], statistics[:, rows])
+        forward_rows(logits, readable, targets, layer.options, row_loss[rows], statistics[:, rows])
         if wanted:
-            gradient_rows(logits, targets, layer.options, statistics[:, rows], part, logits)
+            gradient_rows(logits, readable, targets, layer.options, statistics[:, rows], part, logits)
             gradients.add(rows, x, weight, logits)
     made = gradients.multiplied(power) if wanted else (x.new_empty(0),) * 3
     return reduced_loss(row_loss, layer.targets, layer.options, reduction, classes), statistics, *made
@@ -174,12 +175,13 @@ def linear_cross_entropy_backward(
     else:
         _, part, power = loss_factor(dloss, layer.targets, layer.options, reduction, classes)
     gradients = _Gradients(layer, (x_grad, weight_grad, bias_grad))
-    scratch = x.new_empty(layer.chunk, classes)
+    scratch, readable = padded_logits(layer.chunk, classes, x)
     for begin in range(0, tokens, max(layer.chunk, 1)):
         rows = slice(begin, begin + layer.chunk)
         logits = layer.logits(rows, scratch)
         factor = part[rows] if reduction == NONE else part
-        gradient_rows(logits, Targets(target[rows], None, None), layer.options, statistics[:, rows], factor, logits)
+        targets = Targets(target[rows], None, None)
+        gradient_rows(logits, readable, targets, layer.options, statistics[:, rows], factor, logits)
         gradients.add(rows, x, weight, logits)
     return gradients.multiplied(power)
 

@@ -25,15 +25,19 @@ from fastattn.kernels.elementary import tanh
 #: Position of "none", "mean", "sum" in the operators' ``reduction``.
 NONE, MEAN = 0, 1
 
+#: Elements: an argument that is a multiple of 16 is one to the compiler.
+_PADDING = 16
+
 #: Below every finite logit: differences to it are finite, which those to -inf would not be.
 _LOWEST = tl.constexpr(-3.0e38)
 
 
 class Logits(NamedTuple):
-    """(T, V) with unit last stride."""
+    """(T, V) with unit last stride. ``readable``: columns that a row has in memory, V or more; what is beyond V says nothing."""
 
     ptr: Any
     row: int
+    readable: int
 
 
 class Statistics(NamedTuple):
@@ -61,12 +65,12 @@ class Options(NamedTuple):
 
 
 @triton.jit
-def _capped(line, column, inside, terms, CAPPED: tl.constexpr):
-    """z at ``column``, float32, -inf outside."""
-    z = tl.load(line + column, mask=inside, other=float("-inf")).to(tl.float32)
+def _capped(line, column, readable, inside, terms, CAPPED: tl.constexpr):
+    """z at ``column``, float32, -inf outside. ``readable``: where there is memory; 16 bytes are loaded at once if that ends so."""
+    z = tl.load(line + column, mask=readable, other=float("-inf")).to(tl.float32)
     if CAPPED:
-        z = tl.where(inside, terms.softcap * tanh(z / terms.softcap), float("-inf"))
-    return z
+        z = terms.softcap * tanh(z / terms.softcap)
+    return tl.where(inside, z, float("-inf"))
 
 
 @triton.jit
@@ -99,7 +103,7 @@ def cross_entropy_forward_kernel(
     for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = (start + tl.arange(0, BLOCK))[None, :]
         inside = counted[:, None] & (column < columns)
-        z = _capped(line, column, inside, terms, CAPPED)
+        z = _capped(line, column, counted[:, None] & (column < logits.readable), inside, terms, CAPPED)
         rise = z - most
         exponential = tl.exp(-tl.abs(rise))
         higher = tl.where(rise > 0, z, most)
@@ -114,7 +118,7 @@ def cross_entropy_forward_kernel(
 
     # Read with no other column of the row: it may be in any lane.
     picked_inside = counted & (label_weight == label_weight)
-    picked = tl.sum(_capped(line, label[:, None], picked_inside[:, None], terms, CAPPED), 1)
+    picked = tl.sum(_capped(line, label[:, None], picked_inside[:, None], picked_inside[:, None], terms, CAPPED), 1)
     row_most = tl.max(most, 1)
     row_log = tl.log(tl.sum(total * tl.exp(most - row_most[:, None]), 1))
     lse = row_most + row_log
@@ -143,7 +147,8 @@ def cross_entropy_gradient_kernel(
     along = share + 2.0 * terms.z_loss * (row_most + row_log)
 
     inside = counted[:, None] & (column < columns)
-    z = _capped(logits.ptr + row[:, None] * logits.row, column, inside, terms, CAPPED)
+    readable = counted[:, None] & (column < logits.readable)
+    z = _capped(logits.ptr + row[:, None] * logits.row, column, readable, inside, terms, CAPPED)
     p = tl.exp((z - row_most[:, None]) - row_log[:, None])
     g = along[:, None] * p - tl.where(column == label[:, None], share[:, None], 0.0)
     if SMOOTH:
@@ -163,7 +168,7 @@ def cross_entropy_gradient_kernel(
         g *= scale
     g = tl.where(inside, g, 0.0).to(dlogits.ptr.dtype.element_ty)
     at = row[:, None] * dlogits.row + column
-    tl.store(dlogits.ptr + at, g, mask=(row < rows)[:, None] & (column < columns))
+    tl.store(dlogits.ptr + at, g, mask=(row < rows)[:, None] & (column < dlogits.readable))
 
 
 @triton.jit
@@ -201,14 +206,23 @@ def reduction_kernel(
         tl.store(factor + 2 + one, power)
 
 
-def forward_rows(logits: Tensor, targets: Targets, options: Options, loss: Tensor, statistics: Tensor) -> None:
-    """Each row's loss (T,) and statistics (2, T), float32 with unit last stride."""
+def padded_logits(rows: int, classes: int, like: Tensor) -> tuple[Tensor, int]:
+    """An empty (rows, classes) and the columns that are readable: rows begin multiples of 32 bytes or more apart, for loads of 16
+    bytes whatever the number of classes, and for products that take no other rows fast."""
+    readable = triton.cdiv(classes, _PADDING) * _PADDING
+    return like.new_empty(rows, readable)[:, :classes], readable
+
+
+def forward_rows(
+    logits: Tensor, readable: int, targets: Targets, options: Options, loss: Tensor, statistics: Tensor
+) -> None:
+    """Each row's loss (T,) and statistics (2, T), float32 with unit last stride. ``readable``: see ``Logits``."""
     rows, columns = logits.shape
     if rows == 0:
         return
     config = configs.cross_entropy(columns, configs.arch_of(logits))
     cross_entropy_forward_kernel[(triton.cdiv(rows, config.rows),)](
-        logits=Logits(logits, logits.stride(0)),
+        logits=Logits(logits, logits.stride(0), readable),
         targets=targets,
         loss=loss,
         statistics=Statistics(statistics, statistics.stride(0)),
@@ -225,19 +239,25 @@ def forward_rows(logits: Tensor, targets: Targets, options: Options, loss: Tenso
 
 
 def gradient_rows(
-    logits: Tensor, targets: Targets, options: Options, statistics: Tensor, factor: Tensor, dlogits: Tensor
+    logits: Tensor,
+    readable: int,
+    targets: Targets,
+    options: Options,
+    statistics: Tensor,
+    factor: Tensor,
+    dlogits: Tensor,
 ) -> None:
-    """dlogits (T, V), which may be logits itself: ``factor`` (1 element, or T) times each row's gradient."""
+    """dlogits (T, V): ``factor`` (a number, or (T,)) times each row's gradient. It may be logits itself; it is as readable."""
     rows, columns = logits.shape
     if rows == 0:
         return
     config = configs.cross_entropy_gradient(columns, configs.arch_of(logits))
     cross_entropy_gradient_kernel[(triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns))](
-        logits=Logits(logits, logits.stride(0)),
+        logits=Logits(logits, logits.stride(0), readable),
         targets=targets,
         statistics=Statistics(statistics, statistics.stride(0)),
         factor=factor,
-        dlogits=Logits(dlogits, dlogits.stride(0)),
+        dlogits=Logits(dlogits, dlogits.stride(0), readable),
         rows=rows,
         columns=columns,
         terms=options,
@@ -310,7 +330,7 @@ def cross_entropy_forward(
     targets = Targets(target, class_weight, None)
     row_loss = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     statistics = row_loss.new_empty(2, tokens)
-    forward_rows(logits, targets, options, row_loss, statistics)
+    forward_rows(logits, classes, targets, options, row_loss, statistics)
     return reduced_loss(row_loss, targets, options, reduction, classes), statistics
 
 
@@ -332,5 +352,5 @@ def cross_entropy_backward(
     targets = Targets(target, class_weight, weight_sum)
     factor = loss_factor(dloss, targets, options, reduction, logits.shape[1])[0] if reduction == MEAN else dloss
     dlogits = logits.new_empty(logits.shape)
-    gradient_rows(logits, targets, options, statistics, factor, dlogits)
+    gradient_rows(logits, logits.shape[1], targets, options, statistics, factor, dlogits)
     return dlogits
