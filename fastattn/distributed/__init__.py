@@ -1,0 +1,11 @@
+"""fastattn on sharded tensors: importing this package tells DTensor how every operator may be split.
+
+>>> import fastattn.distributed
+>>> out = fastattn.attention(q, k, v)   # DTensors, split along batch or heads: no communication
+"""
+
+from fastattn.distributed.sharding import register
+
+__all__ = ["register"]
+
+register()
