@@ -9,6 +9,7 @@ import concurrent.futures
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -57,20 +58,22 @@ def _cell(row: Row) -> str:
     return ", ".join([configuration(row), str(row["registers"]), f"{row['shared'] / 1024:.3g}", " ".join(cores) or "-"])
 
 
-def table(rows: Iterable[Row], triton: str) -> str:
-    """The page: a section per family, a line per case and kernel, a column per architecture."""
+def table(rows: Iterable[Row], triton: str, earlier: str = "") -> str:
+    """The page: a section per family, a line per case and kernel, a column per architecture. Families that have no row keep their
+    section of the ``earlier`` page."""
     lines: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
         line = lines.setdefault(row["family"], {}).setdefault((label(row), row["name"]), {})
         line[row["arch"]] = _cell(row)
-    page = [_HEAD.format(triton=triton)]
+    sections = dict(zip(*[iter(re.split(r"^## (.*)\n", earlier, flags=re.MULTILINE)[1:])] * 2, strict=True))
     for family, found in lines.items():
-        page += [f"## {family}", "", "| case | kernel | " + " | ".join(ARCHITECTURES) + " |", "| --- " * 6 + "|"]
+        text = ["| case | kernel | " + " | ".join(ARCHITECTURES) + " |", "| --- " * 6 + "|"]
         for (case, kernel), cells in found.items():
             name = kernel.removesuffix("_kernel")
-            page.append(f"| {case} | {name} | " + " | ".join(cells.get(arch, "") for arch in ARCHITECTURES) + " |")
-        page.append("")
-    return "\n".join(page)
+            text.append(f"| {case} | {name} | " + " | ".join(cells.get(arch, "") for arch in ARCHITECTURES) + " |")
+        sections[family] = "\n".join(text)
+    parts = [_HEAD.format(triton=triton), *(f"## {name}\n\n{sections[name].strip()}\n" for name in sorted(sections))]
+    return "\n".join(parts)
 
 
 def configurations(page: str) -> dict[tuple[str, str, str, str], str]:
@@ -109,14 +112,17 @@ def report(*arguments: str, timeout: float | None = None) -> list[Row]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="*", help="default: all")
     parser.add_argument("--rows", nargs="+", type=Path, help="rows of compiled_report.py instead of compiling")
     args = parser.parse_args(argv)
     if args.rows:
         rows = [json.loads(line) for path in args.rows for line in path.read_text().splitlines()]
     else:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            rows = [row for found in pool.map(report, ARCHITECTURES) for row in found]
-    PAGE.write_text(table((row for row in rows if row["arch"] in ARCHITECTURES), importlib.metadata.version("triton")))
+            rows = [row for found in pool.map(lambda arch: report(arch, *args.family), ARCHITECTURES) for row in found]
+    earlier = PAGE.read_text() if PAGE.exists() and (args.family or args.rows) else ""
+    own = (row for row in rows if row["arch"] in ARCHITECTURES)
+    PAGE.write_text(table(own, importlib.metadata.version("triton"), earlier))
     for row in rows:
         for fault in row["wrong"]:
             print(f"{row['arch']} {row['case']} {row['name']}: {fault}")

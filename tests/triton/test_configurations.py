@@ -1,4 +1,4 @@
-"""Every shipped configuration is launched by a case that is compiled.
+"""Every shipped configuration is launched by a case that is compiled, and docs/kernels.md speaks of these configurations.
 
 Nothing is compiled here: a launch stops where Triton would compile.
 """
@@ -36,6 +36,18 @@ def test_every_configuration_is_launched_by_a_case(launches: list[kernel_table.R
     assert not missing, "no case of families.py launches\n" + "\n".join(missing)
 
 
+def test_the_page_has_the_shipped_configurations(launches: list[kernel_table.Row]) -> None:
+    shipped = {
+        (row["family"], kernel_table.label(row), row["name"].removesuffix("_kernel"), row["arch"]): row
+        for row in launches
+        if row["arch"] in kernel_table.ARCHITECTURES and "asked" not in row
+    }
+    written = kernel_table.configurations(kernel_table.PAGE.read_text())
+    expected = {key: kernel_table.configuration(row) for key, row in shipped.items()}
+    stale = sorted(key for key in {*written, *expected} if written.get(key) != expected.get(key))
+    assert not stale, f"{len(stale)} entries differ, such as {stale[:5]}: run python tests/triton/kernel_table.py"
+
+
 def test_a_page_can_be_read_back() -> None:
     row = {"family": "norm", "point": {"columns": 64, "dtype": "float32", "rms": True}, "name": "norm_kernel"}
     row |= {"arch": "sm_90", "tile": {"ROWS": 4, "BLOCK": 64}, "num_warps": 8, "num_stages": None}
@@ -43,3 +55,9 @@ def test_a_page_can_be_read_back() -> None:
     page = kernel_table.table([row], "3.9.0")
     assert "| 64 float32 rms | norm |  | R4 N64 8w, 40, 1.5, 2 TMA |  |  |" in page
     assert kernel_table.configurations(page) == {("norm", "64 float32 rms", "norm", "sm_90"): "R4 N64 8w"}
+    later = kernel_table.table([row | {"family": "rope", "arch": "gfx942"}], "3.9.0", page)
+    assert set(kernel_table.configurations(later)) == {
+        ("norm", "64 float32 rms", "norm", "sm_90"),
+        ("rope", "64 float32 rms", "norm", "gfx942"),
+    }
+    assert kernel_table.table([row], "3.9.0", later) == later
