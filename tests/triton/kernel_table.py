@@ -33,8 +33,14 @@ The tiles are those of `kernels/configs.py`; M and N are rows and columns of a p
 rows. A configuration without stages has no loop that is pipelined. Nothing spills: `tests/triton/test_compile.py`
 checks that, and shared memory, for all of them and for sm_86, sm_89 and sm_120 (99 KiB). sm_90's products are wgmma (HGMMA)
 unless a tile has fewer than its 64 rows, sm_100's tcgen05 (UTCHMMA), sm_80's mma.sync (HMMA), gfx942's MFMA; float32 with
-torch's default matmul precision uses none.
+torch's default matmul precision uses none; TF32 runs the same tiles and is not listed.
 """
+
+
+def listed(row: Row) -> bool:
+    """Whether a row is on the page: TF32 runs the tiles of float32, and expanded keys those of keys of their own."""
+    point = row["point"]
+    return row["arch"] in ARCHITECTURES and point.get("dtype") != "tf32" and point.get("keys") != "expanded"
 
 
 def configuration(row: Row) -> str:
@@ -121,8 +127,7 @@ def main(argv: list[str]) -> int:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             rows = [row for found in pool.map(lambda arch: report(arch, *args.family), ARCHITECTURES) for row in found]
     earlier = PAGE.read_text() if PAGE.exists() and (args.family or args.rows) else ""
-    own = (row for row in rows if row["arch"] in ARCHITECTURES)
-    PAGE.write_text(table(own, importlib.metadata.version("triton"), earlier))
+    PAGE.write_text(table(filter(listed, rows), importlib.metadata.version("triton"), earlier))
     for row in rows:
         for fault in row["wrong"]:
             print(f"{row['arch']} {row['case']} {row['name']}: {fault}")
