@@ -23,7 +23,7 @@ from fastattn.ops._derivatives import (
     wants_gradient,
 )
 from fastattn.ops._library import products
-from fastattn.ops._select import choose, cpu_in_short, triton_dtype
+from fastattn.ops._select import choose, cpu_in_short, triton_why_not
 from fastattn.reference.attention import masked_attention
 from fastattn.reference.precision import accumulation_dtype
 
@@ -360,7 +360,7 @@ def _attend(
     if sinks is not None:
         sinks = _check_per_head("sinks", sinks, q, ((q.shape[1],),)).to(accumulate)
 
-    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, v)}
+    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, k, v)}
     chosen = choose("attention", implementation, q.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
     if chosen == "reference":
@@ -376,10 +376,10 @@ def _attend(
     return forward(*tensors, *options, rng_state, *_given(sequences, block_table))[:2]
 
 
-def _triton_why_not(q: Tensor, v: Tensor) -> str | None:
+def _triton_why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if max(q.shape[3], v.shape[3]) > 256:
         return f"head_dim {max(q.shape[3], v.shape[3])} is over 256"
-    return triton_dtype(q.dtype)
+    return triton_why_not(q, k, v)
 
 
 def _as_4d(x: Tensor) -> Tensor:

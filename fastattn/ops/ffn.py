@@ -22,7 +22,7 @@ from fastattn.ops._derivatives import (
     wants_gradient,
 )
 from fastattn.ops._library import products
-from fastattn.ops._select import choose, cpu_in_short, triton_dtype
+from fastattn.ops._select import choose, cpu_in_short, triton_why_not
 from fastattn.reference.ffn import ACTIVATIONS, GATED_ACTIVATIONS, ffn_rows
 
 __all__ = ["ffn", "glu_ffn"]
@@ -239,7 +239,7 @@ def _feed_forward(
     tensors = _validate.autocast(x.device.type, *tensors)
     x = _check(names, tensors, gated)
     _validate.dropout(options.dropout_p)
-    why_not = {"cpu": lambda: None, "triton": lambda: triton_dtype(x.dtype)}
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_why_not(x)}
     chosen = choose(op, implementation, x.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
 

@@ -16,7 +16,7 @@ from fastattn import reference
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import apply, forward_mode, pullback_of_gradient, pushforward, wants_gradient
 from fastattn.ops._library import products
-from fastattn.ops._select import choose, triton_dtype
+from fastattn.ops._select import choose, triton_why_not
 from fastattn.reference.loss import REDUCTIONS
 from fastattn.reference.precision import accumulation_dtype
 
@@ -234,7 +234,7 @@ def cross_entropy(
         if weight.requires_grad:
             raise NotImplementedError("weight: requires a gradient, but class weights are constants; detach it")
         weight = weight.to(accumulation_dtype(logits.dtype)).contiguous()
-    why_not = {"cpu": lambda: None, "triton": lambda: triton_dtype(logits.dtype)}
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_why_not(logits)}
     chosen = choose("cross_entropy", implementation, logits.device, why_not)
     if chosen == "reference":
         return reference.cross_entropy(logits, target, weight, **options.named())
@@ -291,7 +291,7 @@ def linear_cross_entropy(
         _validate.like("bias", bias, "x", x)
     target = _class_indices(target, tuple(shape), x, "x")
     options = _options(classes, ignore_index, reduction, label_smoothing, softcap, z_loss)
-    why_not = {"cpu": lambda: None, "triton": lambda: triton_dtype(x.dtype)}
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_why_not(x)}
     chosen = choose("linear_cross_entropy", implementation, x.device, why_not)
     if chosen == "reference":
         return reference.linear_cross_entropy(x, weight, target, bias, **options.named())

@@ -22,7 +22,7 @@ from fastattn.ops._derivatives import (
     records,
     wants_gradient,
 )
-from fastattn.ops._select import choose, cpu_in_short, triton_dtype
+from fastattn.ops._select import choose, cpu_in_short, triton_why_not
 from fastattn.reference.norm import default_eps, norm_rows
 from fastattn.reference.precision import accumulation_dtype
 
@@ -321,7 +321,7 @@ def _norm(
     shape = _check(x, normalized_shape, weight, bias, residual, options)
     if zero_centered:
         weight, bias = _about_one(x, weight, bias)
-    why_not = {"cuda": lambda: None, "cpu": lambda: None, "triton": lambda: triton_dtype(x.dtype)}
+    why_not = {"cuda": lambda: None, "cpu": lambda: None, "triton": lambda: triton_why_not(x, residual)}
     chosen = choose(op, implementation, x.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops import _validate
 from fastattn.ops._derivatives import REFUSALS, apply, forward_mode, records, wants_gradient
-from fastattn.ops._select import choose, cpu_in_short, triton_dtype
+from fastattn.ops._select import choose, cpu_in_short, triton_why_not
 from fastattn.reference.precision import accumulation_dtype
 
 __all__ = ["rope"]
@@ -104,7 +104,7 @@ def rope(
     if inplace:
         _check_inplace(x)
 
-    why_not = {"cpu": lambda: None, "triton": lambda: triton_dtype(x.dtype)}
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_why_not(x)}
     chosen = choose("rope", implementation, x.device, why_not)
     if chosen == "reference":
         y = reference.rope(x, cos, sin, interleaved=interleaved)
