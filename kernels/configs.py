@@ -224,7 +224,7 @@ def attention_forward_sm90(
     if arch.kind != "cuda" or not 90 <= arch.number < 120 or dtype == torch.float32 or head_dim < 64:
         return None
     if head_dim == 256:
-        return None if blackwell else AttentionTma(128, 64, 32, 8, 2, False)
+        return None if blackwell else AttentionTma(128, 64, 16 if extras else 32, 8, 2, False)
     keys = 64 if extras else 128
     if blackwell:
         return AttentionTma(128, keys, 32, 8, 2, False)
