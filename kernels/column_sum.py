@@ -12,7 +12,7 @@ from fastattn.kernels import configs
 
 
 @triton.jit
-def _column_sum_kernel(x, out, rows, columns, x_row, chunk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _column_sum_kernel(x, out, rows, columns, x_row, x_column, chunk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Program (i, j): rows i * chunk .. (i + 1) * chunk of columns j * BLOCK_N .. into out[i, columns]."""
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(0) * chunk
@@ -22,13 +22,14 @@ def _column_sum_kernel(x, out, rows, columns, x_row, chunk, BLOCK_M: tl.constexp
         row = start + tl.arange(0, BLOCK_M)
         inside = (row < end)[:, None] & (column < columns)[None, :]
         # [BLOCK_M, BLOCK_N]
-        total += tl.load(x + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        offset = row.to(tl.int64)[:, None] * x_row + column.to(tl.int64)[None, :] * x_column
+        total += tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     destination = out + tl.program_id(0).to(tl.int64) * columns + column
     tl.store(destination, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < columns)
 
 
 def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(N,) in ``dtype``: the sum over the rows of x (M, N), unit last stride; in two passes when there are many rows."""
+    """(N,) in ``dtype``: the sum over the rows of x (M, N) of any strides; in two passes when there are many rows."""
     rows, columns = x.shape
     out = x.new_empty(columns, dtype=dtype)
     if columns == 0 or rows == 0:
@@ -52,6 +53,7 @@ def _launch(x: torch.Tensor, out: torch.Tensor, chunks: int, config: configs.Col
         rows=rows,
         columns=columns,
         x_row=x.stride(0),
+        x_column=x.stride(1),
         chunk=triton.cdiv(rows, chunks),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -75,23 +75,34 @@ class AttentionPortable:
 
 @dataclass(frozen=True)
 class Norm:
-    """``rows`` rows by ``columns`` columns a step; ``columns`` < N means the looped kernels. ``num_stages`` is of their loops."""
+    """``rows`` rows by ``columns`` columns a program; ``columns`` < N means the looped kernels."""
 
     rows: int
     columns: int
     num_warps: int
-    num_stages: int = 1
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """``block_m`` x ``block_n`` of the result a program, ``block_k`` of the inner dimension a step."""
+    """``block_m`` x ``block_n`` of the result a program, ``block_k`` of the inner dimension a step; ``tma``: aligned operands by
+    TMA descriptors; ``halves``: what follows the product takes half of the columns at a time, in half the registers."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    halves: bool = False
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """torch's product (cuBLAS), and after it one kernel of ``rows`` x ``columns`` a program."""
+
+    rows: int
+    columns: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,7 @@ def head_block(head_dim: int) -> int:
 
 #: The interpreter's time goes by the operation, not the element: middling tiles, and still several of them in a short test.
 _INTERPRETED = Attention(64, 64, 4, 1)
-_INTERPRETED_MATMUL = Matmul(64, 64, 64, 4, 1)
+_INTERPRETED_MATMUL = Matmul(64, 64, 64, 4, 1, tma=True)
 
 
 @choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)
@@ -224,7 +235,7 @@ def attention_forward_sm90(
     if arch.kind != "cuda" or not 90 <= arch.number < 120 or dtype == torch.float32 or head_dim < 64:
         return None
     if head_dim == 256:
-        return None if blackwell else AttentionTma(128, 64, 16 if extras else 32, 8, 2, False)
+        return None if blackwell else AttentionTma(128, 64, 32, 8, 2, False)
     keys = 64 if extras else 128
     if blackwell:
         return AttentionTma(128, keys, 32, 8, 2, False)
@@ -284,9 +295,7 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        tiles = _float32_attention(head_dim, arch, (16, 16), (16, 16))
-        # At 256 channels gfx942 spills 24 bytes a lane, but not with loads a step ahead.
-        return replace(tiles, num_stages=2) if arch.kind == "hip" and head_dim > 128 else tiles
+        return _float32_attention(head_dim, arch, (16, 16), (16, 16))
     if arch.kind == "hip":
         return Attention(16 if extras else 32, 128, 4, 1) if head_dim <= 128 else Attention(16, 32, 4, 1)
     if head_dim <= 64:
@@ -344,58 +353,43 @@ def _keys_tiles(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> 
 @choice(columns=NORM_COLUMNS)
 def norm_forward(columns: int, arch: Arch) -> Norm:
     """A row in registers up to 16384 columns (32 floats a thread at 16 warps), several short rows a program; else looped."""
+    return _norm(columns, single=16384, looped=4096)
+
+
+@choice(columns=NORM_COLUMNS)
+def norm_backward(columns: int, arch: Arch) -> Norm:
+    """As forward, but dy, xhat, the weight and two gradient accumulators live at once: half the columns."""
+    return _norm(columns, single=8192, looped=4096)
+
+
+def _norm(columns: int, single: int, looped: int) -> Norm:
     block = next_power_of_2(columns)
-    if block > 16384:
-        return Norm(1, 4096, 8, _norm_stages(4096, arch))
+    if block > single:
+        return Norm(1, looped, 8)
     # About 2048 elements a program keep a warp's loads 16 bytes wide; the choice depends on N alone, so a row's result does
     # not depend on how many rows there are.
     rows = max(1, min(16, 2048 // block))
     return Norm(rows, block, min(16, max(4, rows * block // 1024)))
 
 
-@choice(columns=NORM_COLUMNS)
-def norm_backward(columns: int, arch: Arch) -> Norm:
-    """As forward, but dy, xhat, the weight and two gradient accumulators live at once: half the columns. 4096 elements a step, 16 a
-    thread: two programs fit a multiprocessor with 8 warps each, which 32 a thread (226 registers on sm_90) would halve."""
-    block = next_power_of_2(columns)
-    if block > 8192:
-        return Norm(1, 4096, 8, _norm_stages(4096, arch))
-    rows = max(1, min(16, 4096 // block))
-    return Norm(rows, block, 8 if rows * block >= 4096 else 4, _norm_stages(rows * block, arch))
-
-
-@choice()
-def norm_columns(arch: Arch) -> Norm:
-    """Tiles of the gradients of rows longer than ``norm_backward`` holds: 512 bytes of a row in 16 bits."""
-    return Norm(16, 256, 8, _norm_stages(4096, arch))
-
-
-def _norm_stages(elements: int, arch: Arch) -> int:
-    """2 where shared memory takes the next step's dy, h, dh and weight in float32 beside the reductions. AMD's go to registers."""
-    return 2 if arch.kind == "cuda" and 16 * elements + 8192 <= arch.shared else 1
-
-
 @norm_forward.candidates
 def _norm_forward_tiles(columns: int, arch: Arch) -> Iterator[Norm]:
-    yield from _norm_tiles(columns, arch)
+    yield from _norm_tiles(columns)
 
 
 @norm_backward.candidates
 def _norm_backward_tiles(columns: int, arch: Arch) -> Iterator[Norm]:
-    yield from _norm_tiles(columns, arch)
+    yield from _norm_tiles(columns)
 
 
-def _norm_tiles(columns: int, arch: Arch) -> Iterator[Norm]:
+def _norm_tiles(columns: int) -> Iterator[Norm]:
     """Whole rows of 1024 to 8192 elements a program with 4 to 16 warps, and the looped kernels for rows of 8192 and more."""
     for elements, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
         if columns <= elements:
-            yield from (
-                Norm(elements // columns, columns, warps, stages) for stages in {1, _norm_stages(elements, arch)}
-            )
+            yield Norm(elements // columns, columns, warps)
     if 8192 <= columns <= 32768:
         yield from (Norm(1, columns, warps) for warps in (8, 16, 32))
-        for block, warps in itertools.product((2048, 4096), (4, 8, 16)):
-            yield from (Norm(1, block, warps, stages) for stages in {1, _norm_stages(block, arch)})
+        yield from (Norm(1, block, warps) for block in (2048, 4096) for warps in (4, 8, 16))
 
 
 @choice(pairs=(16, 32, 64, 128), heads=(1, 4, 16))
@@ -459,21 +453,109 @@ def row_chunks(rows: int, block: int) -> int:
     return max(1, min(256, -(-rows // (4 * block))))
 
 
-@choice(gated=BOTH, dtype=DTYPES)
-def ffn_forward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
-    """Two accumulators of block_m x block_n when gated, which halves block_n."""
-    if arch.kind == "interpreter":
-        return _INTERPRETED_MATMUL
-    if dtype == torch.float32:
-        return Matmul(64, 32 if gated else 64, 16, 4, 2)
-    return Matmul(128, 64 if gated else 128, 64 if arch.number >= 90 else 32, 8, 3)
+#: What follows a product of ``kernels/gemm.py``: at most bias and residual; the activation of a feed-forward network, without and
+#: with a gate (a second product beside the first); and their derivatives.
+USES = ("linear", "activation", "gated", "activation_gradient", "gated_gradient")
+#: How operands are multiplied: 16-bit ones and TF32 on tensor cores, float32 exactly by FMA.
+PRECISIONS = ("16-bit", "tf32", "ieee")
+#: Compute capabilities whose tensor cores read operands from shared memory, where TMA brings them.
+_TMA = (90, 100, 103, 110)
+#: Rows and columns of a product that choices tell apart: a decoding step, a short prompt, more; a small model's, a large one's.
+PRODUCT_ROWS = (16, 512, 8192)
+PRODUCT_COLUMNS = (2048, 8192)
 
 
-@choice(gated=BOTH, dtype=DTYPES)
-def ffn_backward(gated: bool, dtype: torch.dtype, arch: Arch) -> Matmul:
-    """One accumulator, but the epilogue holds pre, gate, dropout factors and two results of block_m x block_n."""
+def product_precision(dtype: torch.dtype) -> str:
+    """The one of ``PRECISIONS`` for operands of ``dtype``."""
+    return "16-bit" if dtype.itemsize == 2 else matmul_precision(dtype)
+
+
+@choice(use=USES, precision=PRECISIONS)
+def gemm(use: str, precision: str, arch: Arch) -> Matmul:
+    """Tiles of the GEMM where a row's bits must not depend on the number of rows, which this choice therefore does not see.
+
+    8 warps: 128 x 256 accumulators take 128 registers of each thread, and what follows them fits beside only by halves. Gated:
+    two accumulators. Gradients also hold pre, gate, dropout factors and two results. Where TMA loads them, 64 of K are a line of
+    128 bytes of 16-bit operands; cp.async takes half of that, and one stage more fits. AMD's 64 KiB hold two stages.
+    """
     if arch.kind == "interpreter":
         return _INTERPRETED_MATMUL
-    if dtype == torch.float32:
-        return Matmul(64, 32, 16, 4, 2)
-    return Matmul(128, 32 if gated else 64, 64 if arch.number >= 90 else 32, 8, 3)
+    if precision == "ieee":
+        return Matmul(64, 32 if use.startswith("gated") else 64, 16, 4, 2)
+    wide = 1 if precision == "16-bit" else 2
+    if arch.number in _TMA:
+        columns = {"linear": 256, "gated_gradient": 64}.get(use, 128)
+        halves = use != "activation"
+        return Matmul(128, columns, 64 // wide, 8, 4 if use in ("linear", "activation") else 3, True, halves)
+    columns = {"linear": 128, "activation": 128, "gated_gradient": 32}.get(use, 64)
+    return Matmul(128, columns, 32 // wide, 8, 2 if arch.kind == "hip" else 4)
+
+
+def by_pointers(config: Matmul) -> Matmul:
+    """For operands that TMA does not take: addresses take registers, so half the columns and half of K a step."""
+    if not config.tma:
+        return config
+    return replace(config, block_n=config.block_n // 2, block_k=config.block_k // 2, num_stages=3, tma=False)
+
+
+@choice(use=USES, rows=PRODUCT_ROWS, columns=PRODUCT_COLUMNS, precision=PRECISIONS)
+def product(use: str, rows: int, columns: int, precision: str, arch: Arch) -> Matmul | Elementwise:
+    """torch's product and an elementwise kernel, or one GEMM, where both may be taken.
+
+    Without a measurement the former: cuBLAS's product cannot be slower than itself, and the kernel after it passes memory as often
+    as plain PyTorch's first one does. Gradients take more rows a program, since each row block's column sums go to memory.
+    """
+    return Elementwise(64, 64, 4) if use.endswith("gradient") else Elementwise(16, 256, 4)
+
+
+@gemm.candidates
+def _gemm_tiles(use: str, precision: str, arch: Arch) -> Iterator[Matmul]:
+    if precision == "ieee":
+        yield from (Matmul(m, n, k, 4, 2) for m, n, k in ((32, 32, 32), (64, 32, 16), (64, 32, 32), (128, 32, 16)))
+        return
+    tma = arch.number in _TMA
+    operands = 2 if use == "gated" else 1
+    tiles = ((64, 128), (128, 64), (128, 128), (128, 256))
+    for (m, n), k, stages, halves in itertools.product(tiles, (32, 64), (2, 3, 4), BOTH):
+        accumulators = operands * m * n
+        # 256 threads: 64 registers each beside the epilogue's, 128 beside half of it.
+        if accumulators > 128 * 256 or (accumulators > 128 * 128 and not halves):
+            continue
+        if stages * (m + operands * n) * k * (2 if precision == "16-bit" else 4) <= arch.shared:
+            yield Matmul(m, n, k, 8, stages, tma, halves)
+
+
+@product.candidates
+def _products(use: str, rows: int, columns: int, precision: str, arch: Arch) -> Iterator[Matmul | Elementwise]:
+    """Both ways; and for a decoding step tiles that waste no more than tensor cores must, cut along K (``splits_of_few_rows``)."""
+    yield from (Elementwise(*tile) for tile in ((16, 128, 4), (32, 128, 8), (64, 64, 4)))
+    yield gemm.shipped((use, precision), arch)
+    yield from _gemm_tiles(use, precision, arch)
+    if rows == min(PRODUCT_ROWS) and precision != "ieee":
+        for n, k, stages in itertools.product((32, 64), (64, 128), (3, 4)):
+            yield Matmul(16, n, k, 4, stages)
+
+
+def after_product(rows: int, gradient: bool) -> Elementwise:
+    """The kernel after a product that was cut along K."""
+    return Elementwise(64, 64, 4) if gradient else Elementwise(min(16, next_power_of_2(rows)), 256, 4)
+
+
+#: Programs of a product cut along K: two each on the 108 to 148 multiprocessors of a large GPU.
+_PROGRAMS = 264
+#: Steps along K that each part keeps at least, and parts at most: the parts are read again in float32.
+_STEPS, _PARTS = 4, 32
+
+
+def splits_of_few_rows(config: Matmul, columns: int, inner: int) -> int:
+    """Parts along K of a product of at most 16 rows: by columns and K alone, so a row's bits do not depend on the others."""
+    return 1 if config.block_m > 16 else _splits(-(-columns // config.block_n), inner, config)
+
+
+def splits_of_weight_gradient(config: Matmul, rows: int, columns: int, inner: int) -> int:
+    """Parts along the tokens (``inner``) of a gradient (rows, columns) with too few tiles for the whole GPU."""
+    return _splits(-(-rows // config.block_m) * -(-columns // config.block_n), inner, config)
+
+
+def _splits(tiles: int, inner: int, config: Matmul) -> int:
+    return max(1, min(_PROGRAMS // max(tiles, 1), inner // (_STEPS * config.block_k), _PARTS))

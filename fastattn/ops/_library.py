@@ -297,6 +297,8 @@ TRITON_OPS = {
     "cross_entropy_backward": "loss",
     "linear_cross_entropy_forward": "linear_loss",
     "linear_cross_entropy_backward": "linear_loss",
+    "linear_forward": "linear",
+    "linear_backward": "linear",
     "ffn_forward": "ffn",
     "ffn_backward": "ffn",
 }

@@ -47,6 +47,13 @@ def shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
+def readable(x: Tensor | None, in_place: bool) -> Tensor | None:
+    """x as kernels read it: contiguous; ``in_place`` as Triton's products do, a matrix where its rows or columns are."""
+    if x is None or (in_place and x.dim() == 2 and 1 in x.stride()):
+        return x
+    return x.contiguous()
+
+
 def number(name: str, value: object) -> None:
     # What people pass by mistake; a list of what is right would break the graph of torch.compile's symbolic numbers.
     if value is None or isinstance(value, str | bytes | list | tuple | dict):

@@ -54,12 +54,12 @@ def _preactivations(
     w_gate: Tensor | None,
     b_gate: Tensor | None,
     w_out: Tensor,
-    b_out: Tensor | None,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """What forward would have saved, bit for bit."""
     if triton:
-        _, pre, gate = _triton_forward(x, w_in, b_in, w_gate, b_gate, w_out, b_out, None, 0, 0.0, None, True)
+        # No outputs: the first product alone.
+        _, pre, gate = _triton_forward(x, w_in, b_in, w_gate, b_gate, w_out[:0], None, None, 0, 0.0, None, True)
         return pre, gate
     return _linear(x, w_in, b_in, None), x.new_empty(0) if w_gate is None else _linear(x, w_gate, b_gate, None)
 
@@ -123,9 +123,9 @@ class _FFNGradient(torch.autograd.Function):
         dout, x, w_in, b_in, w_gate, b_gate, w_out, b_out, pre, gate, rng_state, triton, recompute, *rest = args
         wanted, options = rest[:3], rest[3:]
         if recompute:
-            pre, gate = _preactivations(x, w_in, b_in, w_gate, b_gate, w_out, b_out, triton)
+            pre, gate = _preactivations(x, w_in, b_in, w_gate, b_gate, w_out, triton)
         return (_triton_backward if triton else _backward)(
-            dout.contiguous(), x, w_in, w_gate, w_out, pre, gate, *options, rng_state, *wanted
+            _validate.readable(dout, triton), x, w_in, w_gate, w_out, pre, gate, *options, rng_state, *wanted
         )
 
     @staticmethod
@@ -250,13 +250,13 @@ def _feed_forward(
     if chosen == "reference":
         (out,) = _formula(options, rng_state)(*matrices)
     else:
-        dense = [t if t is None else t.contiguous() for t in matrices]
         triton = chosen == "triton"
-        if wants_gradient(*dense):
+        readable = [_validate.readable(t, triton) for t in matrices]
+        if wants_gradient(*readable):
             function = _FFNDual if forward_mode() else _FFN
-            out, _, _ = apply(function, *dense, rng_state, triton, recompute, *options)
+            out, _, _ = apply(function, *readable, rng_state, triton, recompute, *options)
         else:
-            out, _, _ = (_triton_forward if triton else _forward)(*dense, *options, rng_state, False)
+            out, _, _ = (_triton_forward if triton else _forward)(*readable, *options, rng_state, False)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 

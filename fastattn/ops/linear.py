@@ -19,13 +19,15 @@ from fastattn.ops._derivatives import (
     wants_gradient,
 )
 from fastattn.ops._library import products
-from fastattn.ops._select import choose, cpu_in_short
+from fastattn.ops._select import choose, cpu_in_short, triton_why_not
 from fastattn.reference.linear import linear as reference_linear
 
 __all__ = ["linear"]
 
 _forward = products("linear_forward")
+_triton_forward = torch.ops.fastattn.triton_linear_forward.default
 _backward = products("linear_backward")
+_triton_backward = torch.ops.fastattn.triton_linear_backward.default
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor]:
@@ -38,12 +40,13 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*tensors: Any) -> Tensor:
-        return _forward(*tensors)
+    def forward(*args: Any) -> Tensor:
+        *tensors, triton = args
+        return (_triton_forward if triton else _forward)(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, residual = inputs
+        x, weight, bias, residual, ctx.triton = inputs
         ctx.save_for_backward(x, weight)
         if forward_mode():
             ctx.save_for_forward(x, weight, bias, residual)
@@ -54,8 +57,8 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         gradient = _LinearGradient.apply if differentiable else _LinearGradient.forward
-        grads = gradient(dy, x, weight, *needs[:3]) if any(needs[:3]) else (None, None, None)
-        return (*[g if need else None for g, need in zip(grads, needs, strict=False)], dy if needs[3] else None)
+        grads = gradient(dy, x, weight, *needs[:3], ctx.triton) if any(needs[:3]) else (None, None, None)
+        return (*[g if need else None for g, need in zip(grads, needs, strict=False)], dy if needs[3] else None, None)
 
 
 class _LinearDual(_Linear):
@@ -63,7 +66,7 @@ class _LinearDual(_Linear):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (dy,) = pushforward(_formula, 1, ctx.saved_tensors, tangents)
+        (dy,) = pushforward(_formula, 1, ctx.saved_tensors, tangents[:4])
         return dy
 
 
@@ -74,12 +77,12 @@ class _LinearGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        dy, *rest = args
-        return _backward(dy.contiguous(), *rest)
+        dy, *rest, triton = args
+        return (_triton_backward if triton else _backward)(_validate.readable(dy, triton), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.wanted = inputs[3:]
+        ctx.wanted = inputs[3:6]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:3])
 
@@ -89,7 +92,7 @@ class _LinearGradient(torch.autograd.Function):
         bias = dy.new_zeros(dy.shape[1]) if ctx.wanted[2] else None
         inputs, wanted = (x, weight, bias, None), (*ctx.wanted, False)
         onto_inputs, onto_cotangents = pullback_of_gradient(_formula, inputs, wanted, (dy,), (*upstream, None))
-        return (*onto_cotangents, *onto_inputs[:2], None, None, None)
+        return (*onto_cotangents, *onto_inputs[:2], *[None] * 4)
 
 
 def linear(
@@ -103,13 +106,13 @@ def linear(
     """The linear map ``x weightᵀ + bias + residual``.
 
     Positional arguments as ``torch.nn.functional.linear``. Sums, bias and residual are added in float32 (float64 for float64)
-    and rounded once.
+    and rounded once; only where ``triton`` leaves the product to cuBLAS is that rounded before the residual is added.
 
     Args:
         x: (..., K), float64/32/16 or bfloat16; everything below has its dtype and device.
         weight: (N, K), bias: (N,).
         residual: (..., N), x's leading dimensions.
-        implementation: auto | cpu | reference.
+        implementation: auto | triton | cpu | reference.
 
     Returns:
         (..., N) in x's dtype.
@@ -124,7 +127,8 @@ def linear(
     _validate.tensor("x", x)
     tensors = _validate.autocast(x.device.type, x, weight, bias, residual)
     x, weight, bias, residual = _check(*tensors)
-    chosen = choose("linear", implementation, x.device, {"cpu": lambda: None})
+    why_not = {"cpu": lambda: None, "triton": lambda: triton_why_not(x, weight, residual)}
+    chosen = choose("linear", implementation, x.device, why_not)
     if chosen == "reference":
         return reference_linear(x, weight, bias, residual=residual)
     shape, outputs = x.shape[:-1], weight.shape[0]
@@ -133,8 +137,12 @@ def linear(
         rows = math.prod(shape)
         flat = x.reshape(rows, x.shape[-1])
         flat_residual = None if residual is None else residual.reshape(rows, outputs)
-    dense = [t if t is None else t.contiguous() for t in (flat, weight, bias, flat_residual)]
-    y = apply(_LinearDual if forward_mode() else _Linear, *dense) if wants_gradient(*dense) else _forward(*dense)
+    triton = chosen == "triton"
+    readable = [_validate.readable(t, triton) for t in (flat, weight, bias, flat_residual)]
+    if wants_gradient(*readable):
+        y = apply(_LinearDual if forward_mode() else _Linear, *readable, triton)
+    else:
+        y = (_triton_forward if triton else _forward)(*readable)
     return y if x.dim() == 2 else y.reshape(*shape, outputs)
 
 
@@ -148,14 +156,14 @@ def _in_short(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
         if _validate.autocast_dtype("cpu") is not None:
             return None
         if x.dim() == 2:
-            return apply(_Linear, x, weight, bias, residual) if recorded else _forward(x, weight, bias, residual)
+            return apply(_Linear, x, weight, bias, residual, False) if recorded else _forward(x, weight, bias, residual)
         lead = x.shape[:-1]
         if residual is not None:
             if residual.shape[:-1] != lead:
                 return None
             residual = residual.flatten(0, -2)
         tensors = (x.flatten(0, -2), weight, bias, residual)
-        y = apply(_Linear, *tensors) if recorded else _forward(*tensors)
+        y = apply(_Linear, *tensors, False) if recorded else _forward(*tensors)
         return y.view(lead + y.shape[1:])
     except REFUSALS:
         return None

@@ -125,16 +125,58 @@ def norm(columns: int, dtype: str, rms: bool) -> None:
     _backward(*outputs)
 
 
+def _both_ways(call: Callable[[int, int, int], None]) -> None:
+    """``call(rows, inner, columns)`` for each class of ``configs.product``, and as one GEMM, the deterministic way."""
+    for rows, columns in itertools.product((16, 32, 528), (256, 2064)):
+        call(rows, 16, columns)
+    torch.use_deterministic_algorithms(True)
+    try:
+        call(256, 256, 256)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@family(dtype=PRECISIONS)
+def linear(dtype: str) -> None:
+    """With bias and residual."""
+
+    def call(rows: int, inner: int, columns: int) -> None:
+        x, weight, bias = (
+            _empty(rows, inner, dtype=dtype),
+            _empty(columns, inner, dtype=dtype),
+            _empty(columns, dtype=dtype),
+        )
+        residual = _empty(rows, columns, dtype=dtype)
+        _backward(fastattn.linear(x, weight, bias, residual=residual, implementation="triton"))
+
+    _both_ways(call)
+
+
 @family(activation=("gelu", "swiglu"), dtype=PRECISIONS)
 def ffn(activation: str, dtype: str) -> None:
     """With biases and dropout; the gated form has a matrix more."""
-    x, b = _empty(256, 256, dtype=dtype), _empty(256, dtype=dtype)
-    first, second, third = (_empty(256, 256, dtype=dtype) for _ in range(3))
     options = {"activation": activation, "dropout_p": 0.1, "rng_state": _RNG, "implementation": "triton"}
-    if activation == "gelu":
-        _backward(fastattn.ffn(x, first, second, b, b, **options))
-    else:
-        _backward(fastattn.glu_ffn(x, first, second, third, b, b, b, **options))
+
+    def call(rows: int, inner: int, hidden: int) -> None:
+        x, b, b_out = _empty(rows, inner, dtype=dtype), _empty(hidden, dtype=dtype), _empty(inner, dtype=dtype)
+        first, second = (_empty(hidden, inner, dtype=dtype) for _ in range(2))
+        last = _empty(inner, hidden, dtype=dtype)
+        if activation == "gelu":
+            _backward(fastattn.ffn(x, first, last, b, b_out, **options))
+        else:
+            _backward(fastattn.glu_ffn(x, first, second, last, b, b, b_out, **options))
+
+    _both_ways(call)
+
+
+@family(dtype=("bfloat16", "tf32"))
+def few_rows(dtype: str) -> None:
+    """A decoding step's tiles, which are candidates: parts along K and what adds them up."""
+    x, weight = _empty(16, 2048, dtype=dtype), _empty(256, 2048, dtype=dtype)
+    point = configs.product.point("linear", 16, 256, configs.product_precision(x.dtype))
+    config = configs.Matmul(16, 64, 64, 4, 3)
+    with choice.trying(configs.product, point, configs.arch_of(x), config), torch.no_grad():
+        fastattn.linear(x, weight, implementation="triton")
 
 
 @family(head_dim=(32, 64, 128, 256), heads=(1, 4, 16), dtype=("bfloat16", "float32"), interleaved=BOTH)

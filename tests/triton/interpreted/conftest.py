@@ -15,8 +15,8 @@ collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 if INTERPRETING:
     tests = Path(__file__).resolve().parents[2]
     sys.path[:0] = [str(tests / folder) for folder in ("", "ops", "triton", "triton/interpreted")]
-    ours = ("test_attention", "test_attention_sequences", "test_ffn", "test_norm", "test_rope", "test_loss")
-    pytest.register_assert_rewrite(*ours, "tolerance")
+    ours = ("attention", "attention_sequences", "ffn", "linear", "loss", "norm", "rope")
+    pytest.register_assert_rewrite(*(f"test_{module}" for module in ours), "tolerance")
     import interpreter_bf16
 
     interpreter_bf16.install()
@@ -24,6 +24,7 @@ if INTERPRETING:
 #: tests/ops tests that say nothing here. A product of numpy's BLAS depends on a row's place in its tile, unlike a tensor core's.
 _LEFT_OUT = (
     "test_results_do_not_depend_on_threads_or_batch",
+    "test_a_row_has_the_bits_it_has_in_a_batch",
     "test_threads_share_rows_without_a_trace",
     "test_target_out_of_bounds",
 )
