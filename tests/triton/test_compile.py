@@ -27,6 +27,7 @@ _SPREAD = [
     ("sm_90", "attention_forward", "head_dim=128", "windowed=False", "keys=gluon"),
     ("sm_90", "norm", "columns=4096", "dtype=bfloat16"),
     ("sm_90", "norm", "columns=32768", "dtype=bfloat16"),
+    ("sm_90", "cross_entropy", "classes=32000", "dtype=bfloat16"),
     ("sm_90", "rope", "head_dim=256", "heads=16", "dtype=bfloat16"),
     ("sm_90", "ffn", "dtype=bfloat16"),
     ("sm_90", "cross_entropy", "classes=32000", "dtype=bfloat16"),
