@@ -75,11 +75,12 @@ class AttentionPortable:
 
 @dataclass(frozen=True)
 class Norm:
-    """``rows`` rows by ``columns`` columns a program; ``columns`` < N means the looped kernels."""
+    """``rows`` rows by ``columns`` columns a step; ``columns`` < N means the looped kernels. ``num_stages`` is of their loops."""
 
     rows: int
     columns: int
     num_warps: int
+    num_stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def attention_forward_sm90(
     if arch.kind != "cuda" or not 90 <= arch.number < 120 or dtype == torch.float32 or head_dim < 64:
         return None
     if head_dim == 256:
-        return None if blackwell else AttentionTma(128, 64, 32, 8, 2, False)
+        return None if blackwell else AttentionTma(128, 64, 16 if extras else 32, 8, 2, False)
     keys = 64 if extras else 128
     if blackwell:
         return AttentionTma(128, keys, 32, 8, 2, False)
@@ -295,7 +296,9 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        return _float32_attention(head_dim, arch, (16, 16), (16, 16))
+        tiles = _float32_attention(head_dim, arch, (16, 16), (16, 16))
+        # At 256 channels gfx942 spills 24 bytes a lane, but not with loads a step ahead.
+        return replace(tiles, num_stages=2) if arch.kind == "hip" and head_dim > 128 else tiles
     if arch.kind == "hip":
         return Attention(16 if extras else 32, 128, 4, 1) if head_dim <= 128 else Attention(16, 32, 4, 1)
     if head_dim <= 64:
@@ -353,43 +356,58 @@ def _keys_tiles(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> 
 @choice(columns=NORM_COLUMNS)
 def norm_forward(columns: int, arch: Arch) -> Norm:
     """A row in registers up to 16384 columns (32 floats a thread at 16 warps), several short rows a program; else looped."""
-    return _norm(columns, single=16384, looped=4096)
-
-
-@choice(columns=NORM_COLUMNS)
-def norm_backward(columns: int, arch: Arch) -> Norm:
-    """As forward, but dy, xhat, the weight and two gradient accumulators live at once: half the columns."""
-    return _norm(columns, single=8192, looped=4096)
-
-
-def _norm(columns: int, single: int, looped: int) -> Norm:
     block = next_power_of_2(columns)
-    if block > single:
-        return Norm(1, looped, 8)
+    if block > 16384:
+        return Norm(1, 4096, 8, _norm_stages(4096, arch))
     # About 2048 elements a program keep a warp's loads 16 bytes wide; the choice depends on N alone, so a row's result does
     # not depend on how many rows there are.
     rows = max(1, min(16, 2048 // block))
     return Norm(rows, block, min(16, max(4, rows * block // 1024)))
 
 
+@choice(columns=NORM_COLUMNS)
+def norm_backward(columns: int, arch: Arch) -> Norm:
+    """As forward, but dy, xhat, the weight and two gradient accumulators live at once: half the columns. 4096 elements a step, 16 a
+    thread: two programs fit a multiprocessor with 8 warps each, which 32 a thread (226 registers on sm_90) would halve."""
+    block = next_power_of_2(columns)
+    if block > 8192:
+        return Norm(1, 4096, 8, _norm_stages(4096, arch))
+    rows = max(1, min(16, 4096 // block))
+    return Norm(rows, block, 8 if rows * block >= 4096 else 4, _norm_stages(rows * block, arch))
+
+
+@choice()
+def norm_columns(arch: Arch) -> Norm:
+    """Tiles of the gradients of rows longer than ``norm_backward`` holds: 512 bytes of a row in 16 bits."""
+    return Norm(16, 256, 8, _norm_stages(4096, arch))
+
+
+def _norm_stages(elements: int, arch: Arch) -> int:
+    """2 where shared memory takes the next step's dy, h, dh and weight in float32 beside the reductions. AMD's go to registers."""
+    return 2 if arch.kind == "cuda" and 16 * elements + 8192 <= arch.shared else 1
+
+
 @norm_forward.candidates
 def _norm_forward_tiles(columns: int, arch: Arch) -> Iterator[Norm]:
-    yield from _norm_tiles(columns)
+    yield from _norm_tiles(columns, arch)
 
 
 @norm_backward.candidates
 def _norm_backward_tiles(columns: int, arch: Arch) -> Iterator[Norm]:
-    yield from _norm_tiles(columns)
+    yield from _norm_tiles(columns, arch)
 
 
-def _norm_tiles(columns: int) -> Iterator[Norm]:
+def _norm_tiles(columns: int, arch: Arch) -> Iterator[Norm]:
     """Whole rows of 1024 to 8192 elements a program with 4 to 16 warps, and the looped kernels for rows of 8192 and more."""
     for elements, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
         if columns <= elements:
-            yield Norm(elements // columns, columns, warps)
+            yield from (
+                Norm(elements // columns, columns, warps, stages) for stages in {1, _norm_stages(elements, arch)}
+            )
     if 8192 <= columns <= 32768:
         yield from (Norm(1, columns, warps) for warps in (8, 16, 32))
-        yield from (Norm(1, block, warps) for block in (2048, 4096) for warps in (4, 8, 16))
+        for block, warps in itertools.product((2048, 4096), (4, 8, 16)):
+            yield from (Norm(1, block, warps, stages) for stages in {1, _norm_stages(block, arch)})
 
 
 @choice(pairs=(16, 32, 64, 128), heads=(1, 4, 16))

@@ -2,12 +2,12 @@
 
 h = dropout(x) + residual, rounded to x's dtype;  y = (h - mean) · rstd · weight + bias,  rstd = 1 / sqrt(var + eps)
 (layer: Ba et al. 2016, var = mean((h - mean)²); rms: Zhang & Sennrich 2019, mean = 0, var = mean(h²)). Statistics in float32,
-two passes over the row so that nothing cancels. With g = dy · weight and x̂ = (h - mean) · rstd:
+centred so that nothing cancels. With g = dy · weight and x̂ = (h - mean) · rstd:
     dh_total = rstd · (g - mean(g)[layer] - x̂ · mean(g x̂)) + dh;   dx = dh_total through the dropout mask
     dweight = Σ_rows dy · x̂;   dbias = Σ_rows dy
 A row up to ``configs.norm_forward`` (backward: ``norm_backward``) columns stays in registers, several short rows a program; a
-longer one is read in passes. dweight and dbias are summed per program over a fixed set of rows, then over programs in order: the
-same bits every run.
+longer one is read twice, backward in two kernels. dweight and dbias are summed per program over a fixed set of rows, then over
+programs in order, both cut by the shape alone: the same bits every run.
 """
 
 from typing import Any, NamedTuple
@@ -97,29 +97,37 @@ def norm_forward_kernel(
 @triton.jit
 def norm_forward_looped_kernel(
     x, residual, weight, bias, y, h_out, mean_out, rstd_out, rows, columns, eps, dropout,
-    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As above for rows longer than BLOCK: three passes, h computed anew in each (never read back from memory)."""
+    """As above for rows longer than BLOCK, in two passes, of which the second finds the row in the L2 cache.
+
+    Each lane keeps mean and Σ (h - mean)² of its own columns (Welford, 1962), which are merged at the end (Chan et al., 1983): as
+    stable as centring with the whole row's mean, without a pass for it and with nothing exchanged between threads on the way.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mean = tl.zeros([ROWS], tl.float32)
-    if not RMS:
-        total = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in tl.range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = (row < rows)[:, None] & (column < columns)[None, :]
-            total += _hidden(x, residual, dropout, row, start, column, inside, ROWS, BLOCK)
-        mean = tl.sum(total, 1) / columns
-        tl.store(mean_out + row, mean, mask=row < rows)
+    lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
     square = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(0, columns, BLOCK):
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         h = _hidden(x, residual, dropout, row, start, column, inside, ROWS, BLOCK)
-        centred = tl.where(inside, h - mean[:, None], 0.0)
-        square += centred * centred
+        if RMS:
+            square += h * h
+        else:
+            away = h - lane_mean
+            moved = lane_mean + away * (1.0 / (start // BLOCK + 1))
+            square += tl.where(inside, away * (h - moved), 0.0)
+            lane_mean = tl.where(inside, moved, lane_mean)
+    mean = tl.zeros([ROWS], tl.float32)
+    if not RMS:
+        count = tl.cdiv(columns - tl.arange(0, BLOCK), BLOCK).to(tl.float32)[None, :]
+        mean = tl.sum(lane_mean * count, 1) / columns
+        tl.store(mean_out + row, mean, mask=row < rows)
+        between = lane_mean - mean[:, None]
+        square += between * between * count
     rstd = 1.0 / tl.sqrt_rn(tl.sum(square, 1) / columns + eps)
     tl.store(rstd_out + row, rstd, mask=row < rows)
-    for start in tl.range(0, columns, BLOCK):
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         h = _hidden(x, residual, dropout, row, start, column, inside, ROWS, BLOCK)
@@ -154,15 +162,19 @@ def _store_gradients(
 @triton.jit
 def norm_backward_kernel(
     dy, dh, h, weight, mean, rstd, dh_total, dx, dweight, dbias, rows, columns, chunk, dropout,
-    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows i * chunk .. (i + 1) * chunk in program i; dweight, dbias (programs, columns) float32 partial sums or None."""
+    """Rows i * chunk .. (i + 1) * chunk in program i; dweight, dbias (programs, columns) float32 partial sums or None.
+
+    STAGES > 1 copies the next rows to shared memory while these are computed: a program alone on its multiprocessor would else
+    leave the memory idle from one load to the next.
+    """
     column = tl.arange(0, BLOCK)
     begin = tl.program_id(0) * chunk
     end = tl.minimum(begin + chunk, rows)
     dweight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     dbias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(begin, end, ROWS):
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < end)[:, None] & (column < columns)[None, :]
         rstd_row = tl.load(rstd + row, mask=row < end, other=0.0)
@@ -186,11 +198,11 @@ def norm_backward_kernel(
 
 
 @triton.jit
-def norm_backward_looped_kernel(
-    dy, dh, h, weight, mean, rstd, dh_total, dx, rows, columns, dropout,
-    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def norm_row_sums_kernel(
+    dy, h, weight, mean, rstd, sums, rows, columns,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The row gradient for rows longer than BLOCK, in two passes; the weight's comes from ``norm_columns_kernel``."""
+    """mean(g x̂) and for layer norm mean(g) of each row longer than BLOCK, into sums (2, rows) float32."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rstd_row = tl.load(rstd + row, mask=row < rows, other=0.0)
     mean_row = tl.zeros([ROWS], tl.float32)
@@ -198,44 +210,46 @@ def norm_backward_looped_kernel(
         mean_row = tl.load(mean + row, mask=row < rows, other=0.0)
     along = tl.zeros([ROWS, BLOCK], tl.float32)
     constant = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(0, columns, BLOCK):
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         _, normal, g = _input_gradient(dy, h, mean_row, rstd_row, weight, column, columns, row, inside)
         along += g * normal
         constant += g
-    along_mean = tl.sum(along, 1) / columns
-    constant_mean = tl.sum(constant, 1) / columns
-    for start in tl.range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        _, normal, g = _input_gradient(dy, h, mean_row, rstd_row, weight, column, columns, row, inside)
-        total = g - normal * along_mean[:, None]
-        if not RMS:
-            total -= constant_mean[:, None]
-        _store_gradients(total * rstd_row[:, None], dh, dh_total, dx, dropout, row, start, column, inside, ROWS, BLOCK)
+    tl.store(sums + row, tl.sum(along, 1) / columns, mask=row < rows)
+    if not RMS:
+        tl.store(sums + rows.to(tl.int64) + row, tl.sum(constant, 1) / columns, mask=row < rows)
 
 
 @triton.jit
 def norm_columns_kernel(
-    dy, h, mean, rstd, dweight, dbias, rows, columns, chunk, RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Program (i, j): rows i * chunk .. of columns j * BLOCK .. into line i of dweight, dbias (programs, columns) or None."""
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dy, dh, h, weight, mean, rstd, sums, dh_total, dx, dweight, dbias, rows, columns, chunk, dropout,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All gradients of rows whose sums are known. Program (i, j): rows i * chunk .. of columns j * BLOCK ..; its dweight and dbias
+    go into line i of (programs, columns), or None."""
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)
     begin = tl.program_id(0) * chunk
     end = tl.minimum(begin + chunk, rows)
     dweight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     dbias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(begin, end, ROWS):
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < end)[:, None] & (column < columns)[None, :]
         rstd_row = tl.load(rstd + row, mask=row < end, other=0.0)
         mean_row = tl.zeros([ROWS], tl.float32)
         if not RMS:
             mean_row = tl.load(mean + row, mask=row < end, other=0.0)
-        dy_tile, normal, _ = _input_gradient(dy, h, mean_row, rstd_row, None, column, columns, row, inside)
-        dweight_sum += dy_tile * normal
-        dbias_sum += dy_tile
+        dy_tile, normal, g = _input_gradient(dy, h, mean_row, rstd_row, weight, column, columns, row, inside)
+        total = g - normal * tl.load(sums + row, mask=row < end, other=0.0)[:, None]
+        if not RMS:
+            total -= tl.load(sums + rows.to(tl.int64) + row, mask=row < end, other=0.0)[:, None]
+        _store_gradients(total * rstd_row[:, None], dh, dh_total, dx, dropout, row, first, column, inside, ROWS, BLOCK)
+        if dweight is not None:
+            dweight_sum += dy_tile * normal
+        if dbias is not None:
+            dbias_sum += dy_tile
     line = tl.program_id(0).to(tl.int64) * columns
     if dweight is not None:
         tl.store(dweight + line + column, tl.sum(dweight_sum, 0), mask=column < columns)
@@ -263,25 +277,29 @@ def norm_forward(
     if rows == 0 or columns == 0:
         return y, h, mean, rstd.fill_(float("nan")) if columns == 0 else rstd
     config = configs.norm_forward(columns, configs.arch_of(x))
-    kernel = norm_forward_kernel if config.columns >= columns else norm_forward_looped_kernel
-    kernel[(triton.cdiv(rows, config.rows),)](
-        x=_rows(x),
-        residual=_rows(residual),
-        weight=weight,
-        bias=bias,
-        y=_rows(y),
-        h_out=_rows(h) if h.numel() else None,
-        mean_out=mean,
-        rstd_out=rstd,
-        rows=rows,
-        columns=columns,
-        eps=eps,
-        dropout=dropout,
-        RMS=rms,
-        ROWS=config.rows,
-        BLOCK=config.columns,
-        num_warps=config.num_warps,
-    )
+    arguments = {
+        "x": _rows(x),
+        "residual": _rows(residual),
+        "weight": weight,
+        "bias": bias,
+        "y": _rows(y),
+        "h_out": _rows(h) if h.numel() else None,
+        "mean_out": mean,
+        "rstd_out": rstd,
+        "rows": rows,
+        "columns": columns,
+        "eps": eps,
+        "dropout": dropout,
+        "RMS": rms,
+        "ROWS": config.rows,
+        "BLOCK": config.columns,
+        "num_warps": config.num_warps,
+    }
+    grid = (triton.cdiv(rows, config.rows),)
+    if config.columns >= columns:
+        norm_forward_kernel[grid](**arguments)
+    else:
+        norm_forward_looped_kernel[grid](**arguments, STAGES=config.num_stages)
     return y, h, mean, rstd
 
 
@@ -313,41 +331,35 @@ def norm_backward(
 
     arch = configs.arch_of(h)
     config = configs.norm_backward(columns, arch)
-    chunks = configs.row_chunks(rows, config.rows)
+    whole = config.columns >= columns
+    tile = config if whole else configs.norm_columns(arch)
+    chunks = configs.row_chunks(rows, tile.rows)
     partial = {
         name: h.new_empty(chunks, columns, dtype=torch.float32) if wanted else None for name, wanted in parameters
     }
-    common = {
-        "dy": _rows(dy),
-        "h": _rows(h),
-        "mean": mean,
-        "rstd": rstd,
-        "rows": rows,
-        "columns": columns,
-        "RMS": rms,
-        "num_warps": config.num_warps,
-    }
-    row_gradient = {"dh": _rows(dh), "weight": weight, "dh_total": _rows(dh_total), "dropout": dropout}
-    row_gradient["dx"] = None if dropout is None else _rows(dx)
-    chunk = triton.cdiv(rows, chunks)
-    if config.columns >= columns:
-        norm_backward_kernel[(chunks,)](
-            **common, **row_gradient, **partial, chunk=chunk, ROWS=config.rows, BLOCK=config.columns
-        )
+    common = {"dy": _rows(dy), "h": _rows(h), "weight": weight, "mean": mean, "rstd": rstd}
+    common |= {"rows": rows, "columns": columns, "RMS": rms}
+    gradients = {**partial, "dh": _rows(dh), "dh_total": _rows(dh_total), "dx": _rows(dx), "dropout": dropout}
+    if dropout is None:
+        gradients["dx"] = None
+    gradients |= {"chunk": triton.cdiv(rows, chunks)}
+    if whole:
+        norm_backward_kernel[(chunks,)](**common, **gradients, **_sizes(tile))
     else:
-        norm_backward_looped_kernel[(triton.cdiv(rows, config.rows),)](
-            **common, **row_gradient, ROWS=config.rows, BLOCK=config.columns
-        )
-        if weight_grad or bias_grad:
-            block = configs.column_sum(arch)
-            norm_columns_kernel[(chunks, triton.cdiv(columns, block.block_n))](
-                **common, **partial, chunk=chunk, ROWS=block.block_m, BLOCK=block.block_n
-            )
+        sums = mean.new_empty(2, rows)
+        norm_row_sums_kernel[(triton.cdiv(rows, config.rows),)](**common, sums=sums, **_sizes(config))
+        grid = (chunks, triton.cdiv(columns, tile.columns))
+        norm_columns_kernel[grid](**common, **gradients, sums=sums, **_sizes(tile))
     dweight, dbias = (
         h.new_empty(0) if partial[name] is None else column_sum(partial[name], parameter_dtype)
         for name, _ in parameters
     )
     return dh_total, dx, dweight, dbias
+
+
+def _sizes(config: configs.Norm) -> dict[str, int]:
+    sizes = {"ROWS": config.rows, "BLOCK": config.columns, "STAGES": config.num_stages}
+    return sizes | {"num_warps": config.num_warps}
 
 
 def _unit_last_stride(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ nothing gives zeros.
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import json
 import subprocess
@@ -44,7 +45,9 @@ def _checked(wanted: plan.Check, device: str, implementation: str) -> Iterator[F
         for row in check.check_case(wanted.case, wanted.dtype, device, [(implementation, "")]):
             yield asdict(row) | {"dtype": "tf32" if wanted.tf32 else wanted.dtype}
     except Exception as error:  # the oracle itself: out of memory, a dtype that torch does not multiply here
-        yield _row(wanted.case.op, wanted.case.label, implementation, wanted.dtype, check.FAILED, check.brief(error))
+        yield _row(
+            wanted.case.op, wanted.case.label, implementation, wanted.dtype, check.UNAVAILABLE, check.brief(error)
+        )
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -207,21 +210,29 @@ def run(arguments: Sequence[str], processes: int, seconds: float) -> tuple[list[
         )
         for i in range(processes)
     ]
+    end = time.monotonic() + seconds
+    # A thread each: a process whose pipe is full would wait.
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        parts = list(pool.map(lambda process: _collected(process, end), started))
+    return [row for rows, _ in parts for row in rows], all(complete for _, complete in parts)
+
+
+def _collected(process: subprocess.Popen[str], end: float) -> tuple[list[Found], bool]:
+    """(the rows of a process, whether it came to its end before ``end``, a time of the monotonic clock)."""
     rows: list[Found] = []
-    complete, end = True, time.monotonic() + seconds
-    for process in started:
-        try:
-            out, err = process.communicate(timeout=max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            complete = False
-        else:
-            if process.returncode:
-                last = err.strip().splitlines()[-1:] or [""]
-                rows.append(_row("process", "", "", "", check.FAILED, f"exit code {process.returncode}: {last[0]}"))
-        # The last line of a process that was killed may be cut off.
-        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
+    complete = True
+    try:
+        out, err = process.communicate(timeout=max(1.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        complete = False
+    else:
+        if process.returncode:
+            last = err.strip().splitlines()[-1:] or [""]
+            rows.append(_row("process", "", "", "", check.FAILED, f"exit code {process.returncode}: {last[0]}"))
+    # The last line of a process that was killed may be cut off.
+    rows += [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
     return rows, complete
 
 

@@ -57,8 +57,10 @@ class Session:
                 yield Row(**start, peer="", verdict=check.UNAVAILABLE, note=reason)
                 return
             verdict, note = oracle.judged(self.implementation)
-        except Exception as error:  # the next measurement is still wanted
-            verdict, note = check.FAILED, check.brief(error)
+        except (
+            Exception
+        ) as error:  # what it is compared with, mostly for want of memory; the next measurement is still wanted
+            verdict, note = check.UNAVAILABLE, check.brief(error)
         if verdict != check.OK:
             yield Row(**start, peer="", verdict=verdict, note=note)
             return
@@ -123,7 +125,11 @@ class Tensors:
         """(verdict, reason) of fastattn's call: its results and, with ``gradients``, theirs."""
         if self.whole is not None:
             return gate(self.whole, implementation)
-        ours = check.evaluate(cases.prepare(self.case, self.tensors, implementation)(), self.tensors, self.cotangents)
+        try:
+            outputs = cases.prepare(self.case, self.tensors, implementation)()
+            ours = check.evaluate(outputs, self.tensors, self.cotangents)
+        except Exception as error:  # as in gate
+            return check.FAILED, check.brief(error)
         for head in {0, self.tensors["k"].shape[1] - 1}:
             for name, error, allowed in self._head(ours, head):
                 if not error <= allowed:
