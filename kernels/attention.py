@@ -1,20 +1,31 @@
-"""Softmax attention in Triton: the launchers of ``fastattn::triton_attention_{forward,backward}``.
+"""Softmax attention in Triton: the launchers of ``fastattn::triton_attention_{forward,backward,append}``.
 
 Contract (shapes, strides, visibility): ``SCHEMAS`` in ``fastattn/ops/_library.py``. The score is defined in ``attention_score.py``,
-the forward pass in ``attention_forward.py``, the gradients in ``attention_backward.py``.
+the forward pass in ``attention_forward.py``, of few queries in ``attention_decode.py``, the gradients in ``attention_backward.py``.
 
 q, k, v and attn_mask are read where they lie (a tensor whose channels are not contiguous is copied first). fp16 and bf16 use
 tensor cores with float32 accumulators; float32 follows ``torch.get_float32_matmul_precision()``: "highest" is exact float32
 products, "high" and "medium" are TF32.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from fastattn.kernels import attention_tma, configs
+from fastattn.kernels import attention_decode, attention_tma, configs
+from fastattn.kernels import attention_forward as attention_tiles
 from fastattn.kernels.attention_backward import launch_backward, mask_gradient, sequence_sums
-from fastattn.kernels.attention_forward import launch_forward
-from fastattn.kernels.attention_score import Score, prepare, unit_last_stride
+from fastattn.kernels.attention_score import (
+    FEW_ROWS,
+    Features,
+    Fresh,
+    Inputs,
+    Score,
+    operand,
+    prepare,
+    unit_last_stride,
+)
 
 
 def _output_like(q: Tensor, head_dim_v: int) -> Tensor:
@@ -23,6 +34,34 @@ def _output_like(q: Tensor, head_dim_v: int) -> Tensor:
     if q.stride(1) < q.stride(2):
         return q.new_empty(batch, rows, heads, head_dim_v).transpose(1, 2)
     return q.new_empty(batch, heads, rows, head_dim_v)
+
+
+def _fill(out: Tensor, lse: Tensor) -> None:
+    """What rows have that are no sequence's."""
+    out.zero_()
+    lse.fill_(float("-inf"))
+
+
+def _launch_forward(inputs: Inputs, features: Features, out: Tensor, lse: Tensor) -> None:
+    """Sequences of few rows to ``attention_decode.py``, the others to one of the two kernels of full tiles."""
+    few, many = attention_decode.takes(inputs, features), inputs.sizes.rows > FEW_ROWS.value or features.dropout
+    if features.sequences and (many or features.q_packed):
+        _fill(out, lse)
+    if few:
+        attention_decode.launch_forward(inputs, features, out, lse)
+        features = dataclasses.replace(features, few_elsewhere=features.q_packed)
+    if not many:
+        return
+    config = attention_tma.chosen(inputs, features, configs.arch_of(out))
+    if config is None:
+        attention_tiles.launch_forward(inputs, features, out, lse)
+    elif isinstance(config, configs.AttentionTma):
+        attention_tma.launch_forward(inputs, features, out, lse, config)
+    else:
+        # Imported only where it runs: Gluon is experimental, and its names change with Triton's versions.
+        from fastattn.kernels import attention_gluon
+
+        attention_gluon.launch_forward(inputs, features, out, lse, config)
 
 
 def attention_forward(
@@ -47,25 +86,46 @@ def attention_forward(
     ``sequences`` and ``block_table`` are read on the tensors' device; packed sequences lie one after the other."""
     out = _output_like(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if sequences is not None:
-        out.zero_()
-        lse.fill_(float("-inf"))
     if lse.numel() and (sequences is None or sequences.shape[0]):
         score = Score(softmax_scale, softcap, window_left, window_right, diagonal)
         inputs, features = prepare(
             q, k, v, attn_mask, alibi_slopes, sinks, score, dropout_p, rng_state, sequences, block_table
         )
-        config = attention_tma.chosen(inputs, features, configs.arch_of(q))
-        if config is None:
-            launch_forward(inputs, features, out, lse)
-        elif isinstance(config, configs.AttentionTma):
-            attention_tma.launch_forward(inputs, features, out, lse, config)
-        else:
-            # Imported only where it runs: Gluon is experimental, and its names change with Triton's versions.
-            from fastattn.kernels import attention_gluon
-
-            attention_gluon.launch_forward(inputs, features, out, lse, config)
+        _launch_forward(inputs, features, out, lse)
+    elif sequences is not None:
+        _fill(out, lse)
     return out, lse, lse.new_zeros((2, *lse.shape) if q.dtype == torch.float32 else 0)
+
+
+def attention_append(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sequences: Tensor,
+    block_table: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``attention_forward`` after k and v took their place in the caches, in the same launch."""
+    if q.shape[2] > FEW_ROWS.value:
+        raise ValueError(f"q: {q.shape[2]} rows, allowed are up to {FEW_ROWS.value}")
+    out = _output_like(q, v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if lse.numel():
+        score = Score(softmax_scale, softcap, window_left, window_right, 0)
+        inputs, features = prepare(
+            q, k_cache, v_cache, None, alibi_slopes, sinks, score, 0.0, None, sequences, block_table
+        )
+        fresh = Fresh(operand(unit_last_stride(k)), operand(unit_last_stride(v)))
+        inputs, features = inputs._replace(fresh=fresh), dataclasses.replace(features, append=True)
+        attention_decode.launch_forward(inputs, features, out, lse)
+    return out, lse
 
 
 def attention_backward(

@@ -195,9 +195,10 @@ def prepare(
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     heads, rows, keys = q.shape[1], q.shape[2], k.shape[2]
     dropout = dropout_argument(dropout_p, rng_state)
-    # One sequence in one batch entry is packed: nothing tells it from several, and it must give the same bits.
-    q_packed = sequences is not None and q.shape[0] == 1
-    k_packed = sequences is not None and k.shape[0] == 1 and block_table is None
+    several = sequences is not None and sequences.shape[0] > 1
+    k_packed = several and k.shape[0] == 1 and block_table is None
+    # One sequence in a batch entry of more rows than a decoding step has may have few itself: found as it is among others.
+    q_packed = sequences is not None and q.shape[0] == 1 and (several or rows > FEW_ROWS.value)
     features = Features(
         head_dim=q.shape[3],
         head_dim_v=v.shape[3],
@@ -356,9 +357,27 @@ def load_keys(
     if FEATURES.append and CHECK:
         own = key - (place.keys - place.rows)
         new = (own >= 0) & (own < place.rows)
-        new_tile = _load(_pointers(fresh, place.sequence, head, 0, own, BLOCK_DIM), new, DIM, BLOCK_DIM, True)
-        tile = tl.where(new[:, None], new_tile, tile)
+        tile = tl.where(new[:, None], rows_at(fresh, place.sequence, head, own, new, DIM, BLOCK_DIM), tile)
     return tile
+
+
+@triton.jit
+def rows_at(x, sequence, head, row, inside, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Rows ``row`` [ROWS] of a batch entry, zero where not ``inside``; ``head`` is a scalar or [ROWS, 1]."""
+    return _load(_pointers(x, sequence, head, 0, row, BLOCK_DIM), inside, DIM, BLOCK_DIM, True)
+
+
+@triton.jit
+def store_keys(
+    x, place, head, key, inside, inputs, tile, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FEATURES: tl.constexpr
+):
+    """Keys or values ``key`` [ROWS] of a sequence, where ``inside``."""
+    if FEATURES.paged:
+        page, line = page_of(key, inside, place, inputs)
+        pointers = _pointers(x, page[:, None], head, 0, line, BLOCK_DIM)
+    else:
+        pointers = _pointers(x, place.sequence, head, place.key_first, key, BLOCK_DIM)
+    tl.store(pointers, tile, mask=inside[:, None] & (tl.arange(0, BLOCK_DIM) < DIM)[None, :])
 
 
 @triton.jit

@@ -74,6 +74,14 @@ class AttentionPortable:
 
 
 @dataclass(frozen=True)
+class AttentionCombine:
+    """The merge of decoding's ``parts`` at a time."""
+
+    parts: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class Norm:
     """``rows`` rows by ``columns`` columns a step; ``columns`` < N means the looped kernels. ``num_stages`` is of their loops."""
 
@@ -262,6 +270,26 @@ def _tma_tiles(
     if arch.number == 90 and not extras:
         yield AttentionGluon(128, 2)
         yield AttentionGluon(128, 3) if head_dim == 64 else AttentionGluon(64, 3)
+
+
+@choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)
+def attention_decode(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch) -> Attention:
+    """Tiles of the decode kernel: the 16 rows of one mma.sync, whatever the group, so that a row's bits depend on nothing else.
+
+    Reading keys is all the time: narrow steps and few warps, so that several programs with several stages share a multiprocessor.
+    """
+    if arch.kind == "interpreter":
+        return Attention(16, 64, 4, 1)
+    if dtype == torch.float32:
+        return Attention(16, 32 if head_dim in (32, 64) else 16, 4, 1)
+    if head_dim <= 64 and not extras:
+        return Attention(16, 64, 4, 3)
+    return Attention(16, 32, 4, 3 if head_dim <= 128 else 2)
+
+
+@choice()
+def attention_combine(arch: Arch) -> AttentionCombine:
+    return AttentionCombine(16, 4)
 
 
 @choice(head_dim=HEAD_DIMS, dtype=DTYPES, extras=BOTH)

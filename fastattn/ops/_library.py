@@ -121,6 +121,16 @@ SCHEMAS = {
     ),
 }
 
+#: Operators that only Triton implements.
+TRITON_SCHEMAS = {
+    # attention_forward, up to 8 rows, after k and v (B, Hk, Nq, D) took the place of each sequence's last keys.
+    "attention_append": (
+        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks,"
+        " float softmax_scale, int window_left, int window_right, float softcap, Tensor sequences, Tensor? block_table)"
+        " -> (Tensor out, Tensor lse)"
+    ),
+}
+
 
 def attention_output_like(q: Tensor, head_dim_v: int) -> Tensor:
     """An empty (B, H, Nq, Dv) output in q's memory order: (batch, seq, heads, dim) queries give such an output."""
@@ -142,6 +152,10 @@ def _fake_attention_forward(q, k, v, attn_mask, alibi_slopes, sinks, *_):  # typ
 
 def _fake_attention_inference(q, k, v, *_):  # type: ignore[no-untyped-def]
     return attention_output_like(q, v.shape[3])
+
+
+def _fake_attention_append(q, k_cache, v_cache, *_):  # type: ignore[no-untyped-def]
+    return attention_output_like(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _fake_attention_backward(  # type: ignore[no-untyped-def]
@@ -260,6 +274,7 @@ def _fake_linear_cross_entropy_backward(dloss, x, weight, *rest):  # type: ignor
 FAKES: dict[str, Callable[..., object]] = {
     "attention_forward": _fake_attention_forward,
     "attention_inference": _fake_attention_inference,
+    "attention_append": _fake_attention_append,
     "attention_backward": _fake_attention_backward,
     "attention_weights": _fake_attention_weights,
     "norm_forward": _fake_norm_forward,
@@ -288,6 +303,7 @@ PRODUCTS = frozenset(
 #: Operators that Triton implements, and the module of kernels/ that holds the launcher of the same name.
 TRITON_OPS = {
     "attention_forward": "attention",
+    "attention_append": "attention",
     "attention_backward": "attention",
     "norm_forward": "norm",
     "norm_backward": "norm",
@@ -309,7 +325,7 @@ load_errors: dict[str, str] = {}
 
 
 def _define(name: str, op: str) -> None:
-    schema, fake = SCHEMAS[op], FAKES[op]
+    schema, fake = (SCHEMAS | TRITON_SCHEMAS)[op], FAKES[op]
     if name in PRODUCTS:
         schema = schema.replace(") -> ", ", *, bool reduced_precision=False) -> ")
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -8,6 +8,7 @@ at: the host would wait for all that was queued before. There they are the calle
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,19 @@ from torch import Tensor
 from fastattn.ops import _validate
 
 _INTEGERS = (torch.int32, torch.int64)
+
+
+class Sequences(NamedTuple):
+    """What a call says about its sequences: the operators' ``sequences`` and ``block_table``, and keys and values that are to
+    take their place at the end of each first."""
+
+    table: Tensor | None = None
+    block_table: Tensor | None = None
+    fresh: tuple[Tensor, Tensor] | None = None
+
+
+#: A batch entry each, all of one length.
+DENSE = Sequences()
 
 
 def padded(key_lengths: Tensor, q: Tensor, keys: int) -> Tensor:
@@ -58,6 +72,20 @@ def check_pages(block_table: Tensor, sequences: Tensor, page_count: int, page_si
         used = table[: -(-keys // page_size)]
         if used and not 0 <= min(used) <= max(used) < page_count:
             raise ValueError(f"block_table: row {s} is {used}, allowed are 0 to {page_count - 1}")
+
+
+def append(k_cache: Tensor, v_cache: Tensor, own: Sequences) -> None:
+    """Write ``own.fresh`` at the end of each sequence."""
+    assert own.table is not None and own.fresh is not None
+    rows, device = own.fresh[0].shape[2], k_cache.device
+    position = own.table[:, 3:4] - rows + torch.arange(rows, device=device)
+    if own.block_table is None:
+        entry = torch.arange(position.shape[0], device=device).unsqueeze(1)
+    else:
+        page_size = k_cache.shape[2]
+        entry, position = own.block_table.long().gather(1, position // page_size), position % page_size
+    for cache, new in zip((k_cache, v_cache), own.fresh, strict=True):
+        cache[entry, :, position] = new.transpose(1, 2)
 
 
 def readable(x: Tensor) -> bool:

@@ -50,6 +50,7 @@ _forward = products("attention_forward")
 _inference = products("attention_inference")
 _triton_forward = torch.ops.fastattn.triton_attention_forward.default
 _backward = products("attention_backward")
+_triton_append = torch.ops.fastattn.triton_attention_append.default
 _triton_backward = torch.ops.fastattn.triton_attention_backward.default
 
 
@@ -203,10 +204,10 @@ def attention(
     q, k, v = _validate.autocast(getattr(getattr(q, "device", None), "type", "cpu"), q, k, v)  # type: ignore[assignment]
     _check_qkv(q, k, v)
     options = _options(q, softmax_scale, causal, window_size, k.shape[2] - q.shape[2], softcap, dropout_p)
-    sequences = None
+    own = _sequences.DENSE
     if key_lengths is not None:
-        sequences = _sequences.padded(key_lengths, q, k.shape[2])
-    out, lse = _attend(q, k, v, attn_mask, alibi_slopes, sinks, rng_state, options, implementation, sequences)
+        own = _sequences.Sequences(_sequences.padded(key_lengths, q, k.shape[2]))
+    out, lse = _attend(q, k, v, attn_mask, alibi_slopes, sinks, rng_state, options, implementation, own)
     return (out, lse) if return_lse else out
 
 
@@ -347,10 +348,10 @@ def _attend(
     rng_state: Tensor | None,
     options: _Options,
     implementation: str,
-    sequences: Tensor | None = None,
-    block_table: Tensor | None = None,
+    own: _sequences.Sequences = _sequences.DENSE,
 ) -> tuple[Tensor, Tensor]:
     accumulate = accumulation_dtype(q.dtype)
+    sequences, block_table, fresh = own
     batch = q.shape[0] if sequences is None else sequences.shape[0]
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, q, k)
@@ -363,6 +364,13 @@ def _attend(
     why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, k, v)}
     chosen = choose("attention", implementation, q.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
+    if fresh is not None:
+        if chosen == "triton" and _appends_in_launch(q, k, v, fresh, alibi_slopes, sinks):
+            scale, left, right, _, softcap, _ = options
+            return _triton_append(
+                q, k, v, *fresh, alibi_slopes, sinks, scale, left, right, softcap, sequences, block_table
+            )
+        _sequences.append(k, v, own)
     if chosen == "reference":
         return _formula(options, rng_state, sequences, block_table)(q, k, v, attn_mask, alibi_slopes, sinks)
     triton = chosen == "triton"
@@ -374,6 +382,12 @@ def _attend(
         return apply(_AttentionDual if forward_mode() else _Attention, *tensors, *state, *options)[:2]
     forward = _triton_forward if triton else _forward
     return forward(*tensors, *options, rng_state, *_given(sequences, block_table))[:2]
+
+
+def _appends_in_launch(q: Tensor, k: Tensor, v: Tensor, fresh: tuple[Tensor, Tensor], *more: Tensor | None) -> bool:
+    """Whether ``attention_append`` takes a call: caches are written where they lie, and it has no gradient."""
+    in_place = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (k, v))
+    return q.shape[2] <= 8 and in_place and not wants_gradient(q, k, v, *fresh, *more)
 
 
 def _triton_why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:

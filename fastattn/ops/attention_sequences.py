@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastattn.ops import _sequences, _validate
@@ -60,7 +59,8 @@ def attention_varlen(
     _check_longest("max_seqlen_q", max_seqlen_q, sequences[:, 1])
     _check_longest("max_seqlen_k", max_seqlen_k, sequences[:, 3])
     options = _options(q, softmax_scale, causal, window_size, 0, softcap, dropout_p)
-    out, lse = _attend(q4, k4, v4, None, alibi_slopes, sinks, rng_state, options, implementation, sequences)
+    own = _sequences.Sequences(sequences)
+    out, lse = _attend(q4, k4, v4, None, alibi_slopes, sinks, rng_state, options, implementation, own)
     out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
 
@@ -121,38 +121,28 @@ def attention_with_kv_cache(
     sequences = _sequences.cached(cache_lengths, q, capacity)
     if block_table is not None:
         _sequences.check_pages(block_table, sequences, k_cache.shape[0], k_cache.shape[2])
+    own = _sequences.Sequences(sequences, block_table)
     if k is not None or v is not None:
-        _append(q, k_cache, v_cache, k, v, sequences, block_table)
+        own = own._replace(fresh=_check_fresh(q, k_cache, v_cache, k, v, sequences))
     options = _options(q, softmax_scale, causal, window_size, 0, softcap, 0.0)
-    out, lse = _attend(
-        q, k_cache, v_cache, None, alibi_slopes, sinks, None, options, implementation, sequences, block_table
-    )
+    out, lse = _attend(q, k_cache, v_cache, None, alibi_slopes, sinks, None, options, implementation, own)
     return (out, lse) if return_lse else out
 
 
-def _append(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    sequences: Tensor,
-    block_table: Tensor | None,
-) -> None:
-    """Write k and v at the last Nq positions of each sequence."""
+def _check_fresh(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, sequences: Tensor
+) -> tuple[Tensor, Tensor]:
     batch, _, rows, _ = q.shape
-    position = sequences[:, 3:4] - rows + torch.arange(rows, device=q.device)
-    if _sequences.readable(position) and position.numel() and int(position.min()) < 0:
-        raise ValueError(f"cache_lengths: got {sequences[:, 3].tolist()}, but k and v hold {rows} tokens of each")
-    if block_table is None:
-        entry = torch.arange(batch, device=q.device).unsqueeze(1)
-    else:
-        entry, position = block_table.long().gather(1, position // k_cache.shape[2]), position % k_cache.shape[2]
+    lengths = sequences[:, 3]
+    if _sequences.readable(lengths) and lengths.numel() and int(lengths.min()) < rows:
+        raise ValueError(f"cache_lengths: got {lengths.tolist()}, but k and v hold {rows} tokens of each")
+    found = []
     for name, given, cache in (("k", k, k_cache), ("v", v, v_cache)):
         new = _validate.tensor(name, given)
         _validate.like(name, new, "q", q)
         _validate.shape(name, new, (batch, cache.shape[1], rows, cache.shape[3]))
-        cache[entry, :, position] = new.transpose(1, 2)
+        found.append(new)
+    return found[0], found[1]
 
 
 def _check_longest(name: str, limit: int | None, lengths: Tensor) -> None:

@@ -112,6 +112,33 @@ def attention_forward(head_dim: int, windowed: bool, extras: bool, keys: str) ->
                 fastattn.attention(q, k, v, implementation="triton", **options)
 
 
+@family(head_dim=configs.HEAD_DIMS, dtype=PRECISIONS)
+def attention_varlen(head_dim: int, dtype: str) -> None:
+    """Three packed sequences, causal, with what they add to ``attention``: bisection, sums by sequence."""
+    q, k, v = (_empty(512, heads, head_dim, dtype=dtype) for heads in (2, 1, 1))
+    cu = torch.tensor([0, 100, 100, 500], dtype=torch.int32)
+    slopes = torch.zeros(3, 2, requires_grad=True)
+    options = {"causal": True, "alibi_slopes": slopes, "return_lse": True, "implementation": "triton"}
+    _backward(*fastattn.attention_varlen(q, k, v, cu, cu, **options))
+
+
+@family(head_dim=configs.HEAD_DIMS, dtype=PRECISIONS, extras=BOTH)
+def attention_decode(head_dim: int, dtype: str, extras: bool) -> None:
+    """One token a sequence, appended to a paged cache. ``extras``: contiguous, already there, with every other feature."""
+    with torch.no_grad():
+        q, new = _empty(2, 4, 1, head_dim, dtype=dtype), _empty(2, 2, 1, head_dim, dtype=dtype)
+        options: dict[str, Any] = {"implementation": "triton", "sinks": torch.zeros(4)}
+        if extras:
+            cache = _empty(2, 2, 512, head_dim, dtype=dtype)
+            options |= {"alibi_slopes": torch.zeros(4), "softcap": 30.0, "attn_mask": torch.ones(512, dtype=torch.bool)}
+            options |= {"window_size": (70, -1), "key_lengths": torch.tensor([300, 20])}
+            fastattn.attention(q, cache, cache, **options)
+        else:
+            cache, pages = _empty(9, 2, 64, head_dim, dtype=dtype), torch.zeros(2, 8, dtype=torch.int32)
+            options |= {"block_table": pages, "k": new, "v": new}
+            fastattn.attention_with_kv_cache(q, cache, cache, torch.tensor([300, 20]), **options)
+
+
 @family(columns=configs.NORM_COLUMNS, dtype=("bfloat16", "float32"), rms=BOTH)
 def norm(columns: int, dtype: str, rms: bool) -> None:
     """With residual, dropout and the residual's own gradient."""

@@ -167,3 +167,15 @@ def test_a_window_that_hides_everything(implementation: str) -> None:
     assert out[:, :, :130].abs().max() == 0 and (lse[:, :, :130] == -math.inf).all()
     dq, dk = torch.autograd.grad(out.sum(), (q, k))
     assert dq[:, :, :130].abs().max() == 0 and torch.isfinite(dk).all() and dk.abs().max() > 0
+
+
+def test_appending_is_an_operator(implementation: str) -> None:
+    """torch's own check of schema, fake and mutation; keys of more than one part, and pages."""
+    torch.use_deterministic_algorithms(False)  # opcheck compares two runs
+    q, new = torch.randn(2, 4, 2, 16), torch.randn(2, 2, 2, 16)
+    table = torch.tensor([[0, 2, 0, 300, 298], [0, 2, 0, 40, 38]])
+    pages = torch.randperm(8).view(2, 4).int()
+    operator = torch.ops.fastattn.triton_attention_append.default
+    for cache, block_table in ((torch.randn(2, 2, 320, 16), None), (torch.randn(8, 2, 80, 16), pages)):
+        arguments = (q, cache, cache.clone(), new, new + 1, None, None, 0.25, -1, 0, 0.0, table, block_table)
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
