@@ -1,5 +1,6 @@
 """The operations: each file validates, differentiates and chooses for one family."""
 
+from fastattn.ops import _batching  # noqa: F401  registers rules
 from fastattn.ops._select import Explanation, explain
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention_sequences import attention_varlen, attention_with_kv_cache

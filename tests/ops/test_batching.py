@@ -1,0 +1,128 @@
+"""vmap: one call of an operator for all samples, with each sample's own results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastattn
+from fastattn.ops import _library
+
+pytestmark = pytest.mark.skipif(not _library.has_cpu, reason="the C++ core is not built")
+SAMPLES = 3
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of fastattn's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastattn":
+            self.found[func._schema.name.removeprefix("fastattn::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    out, lse = fastattn.attention(q, k, v, attn_mask=mask, causal=True, return_lse=True)
+    return out * lse.unsqueeze(-1)
+
+
+W, B1, RES = _draw(10, 6), _draw(10), _draw(2, 5, 10)
+UP, GATE, DOWN = _draw(9, 6), _draw(9, 6) / 2, _draw(6, 9)
+COS, SIN = _draw(4, 2).cos(), _draw(4, 2).sin()
+
+#: name: (function, tensors of one sample, dimension of each along which samples are stacked; None: shared)
+CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], list[int | None]]] = {
+    "attention": (_attention, [_draw(2, 4, 5, 8), _draw(2, 2, 7, 8), _draw(2, 2, 7, 6), _draw(2, 1, 5, 7)], [0] * 4),
+    "attention, keys shared": (
+        _attention,
+        [_draw(1, 4, 5, 8), _draw(1, 2, 7, 8), _draw(1, 2, 7, 6), _draw(1, 1, 5, 7)],
+        [2, None, None, None],
+    ),
+    "attention, mask": (
+        _attention,
+        [_draw(2, 2, 5, 8), _draw(2, 2, 7, 8), _draw(2, 2, 7, 6), _draw(1, 2, 1, 7)],
+        [None, None, None, 1],
+    ),
+    "attention, bfloat16": (
+        lambda q, k, v: fastattn.attention(q, k, v),
+        [_draw(2, 2, 5, 8, dtype=torch.bfloat16) for _ in range(3)],
+        [0, 1, 3],
+    ),
+    "layer_norm": (lambda x: fastattn.layer_norm(x, (6,), W[0], W[1]), [_draw(2, 5, 6)], [1]),
+    "rms_norm": (
+        lambda x, r: torch.cat(fastattn.rms_norm(x, (6,), W[0], residual=r, return_residual=True)),  # type: ignore[arg-type]
+        [_draw(4, 6), _draw(4, 6)],
+        [0, None],
+    ),
+    "linear": (lambda x: fastattn.linear(x, W, B1, residual=RES), [_draw(2, 5, 6)], [2]),
+    "ffn": (lambda x: fastattn.ffn(x, UP, DOWN), [_draw(5, 6)], [0]),
+    "glu_ffn": (lambda x, r: fastattn.glu_ffn(x, GATE, UP, DOWN, residual=r), [_draw(5, 6), _draw(5, 6)], [0, 1]),
+    "rope": (lambda x: fastattn.rope(x, COS, SIN), [_draw(2, 3, 4, 8)], [3]),
+}
+#: A gradient that is a sum over a call (a broadcast mask's) takes a call a sample.
+SUMMED = ("attention, keys shared", "attention, mask")
+
+
+def _stacked(case: str) -> tuple[Callable[..., Tensor], list[Tensor], list[int | None], list[list[Tensor]]]:
+    function, tensors, dims = CASES[case]
+    samples = [
+        [t if d is None else (t.float() * (1 + i) - i).to(t.dtype) for t, d in zip(tensors, dims, strict=True)]
+        for i in range(SAMPLES)
+    ]
+    stacked = [samples[0][j] if d is None else torch.stack([s[j] for s in samples], d) for j, d in enumerate(dims)]
+    return function, stacked, dims, samples
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_in_one_call(case: str) -> None:
+    function, stacked, dims, samples = _stacked(case)
+    with Calls() as calls:
+        found = torch.func.vmap(function, in_dims=tuple(dims))(*stacked)
+    assert max(calls.found.values()) == 1, calls.found
+    torch.testing.assert_close(found, torch.stack([function(*sample) for sample in samples]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case: str) -> None:
+    """Per-sample gradients of the tensors that differ between samples, in one call where none is a sum over it."""
+    function, stacked, dims, samples = _stacked(case)
+    moving = tuple(i for i, d in enumerate(dims) if d is not None)
+    gradient = torch.func.grad(lambda *tensors: function(*tensors).float().square().sum(), argnums=moving)
+    with Calls() as calls:
+        found = torch.func.vmap(gradient, in_dims=tuple(dims))(*stacked)
+    if case not in SUMMED:
+        # rope's gradient is rope again
+        assert max(calls.found.values()) == (2 if case == "rope" else 1), calls.found
+    for i, sample in enumerate(samples):
+        for mine, expected in zip(found, gradient(*sample), strict=True):
+            torch.testing.assert_close(mine[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nested() -> None:
+    q = _draw(2, 3, 1, 2, 5, 8)
+    found = torch.func.vmap(torch.func.vmap(lambda q: fastattn.attention(q, q, q)))(q)
+    torch.testing.assert_close(found, fastattn.attention(*[q.flatten(0, 2)] * 3).view_as(q))
+
+
+def test_a_call_a_sample_where_samples_cannot_be_joined() -> None:
+    x, w = _draw(SAMPLES, 5, 6), _draw(SAMPLES, 10, 6)
+    torch.testing.assert_close(torch.func.vmap(fastattn.linear)(x, w), x @ w.mT)
+    rng = torch.tensor([3, 4])
+    q = _draw(SAMPLES, 1, 2, 5, 8)
+    dropped = torch.func.vmap(lambda q: fastattn.attention(q, q, q, dropout_p=0.5, rng_state=rng))(q)
+    expected = torch.stack([fastattn.attention(x, x, x, dropout_p=0.5, rng_state=rng) for x in q])
+    torch.testing.assert_close(dropped, expected)
