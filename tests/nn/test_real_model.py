@@ -18,7 +18,10 @@ from torch import nn
 from fastattn.nn import conversion_report, convert, revert
 
 _spec = importlib.util.find_spec("anarcii")
-pytestmark = pytest.mark.skipif(_spec is None, reason="needs the package anarcii (pip install --no-deps anarcii)")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(_spec is None, reason="needs the package anarcii (pip install --no-deps anarcii)"),
+]
 
 VOCABULARY = ["<PAD>", "<SOS>", "<EOS>", "<SKIP>", *"ACDEFGHIKLMNPQRSTVWXY"]
 # The variable domains of trastuzumab.
