@@ -45,7 +45,7 @@ def listed(row: Row) -> bool:
 
 def configuration(row: Row) -> str:
     """``M128 N64 8w 3s``: what ``configs.py`` decides."""
-    short = {"BLOCK_M": "M", "BLOCK_N": "N", "BLOCK_K": "K", "ROWS": "R", "BLOCK": "N"}
+    short = {"BLOCK_DIM": "D", "BLOCK_M": "M", "BLOCK_N": "N", "BLOCK_K": "K", "ROWS": "R", "BLOCK": "N"}
     words = [f"{short.get(name, name.lower() + ' ')}{size}" for name, size in row["tile"].items()]
     words += [f"{row[name]}{name[4]}" for name in ("num_warps", "num_stages") if row[name] is not None]
     return " ".join(words)
