@@ -459,7 +459,8 @@ def cross_entropy(columns: int, arch: Arch) -> Loss:
     step's loads are under way while this one is computed; several short rows a program. By V alone: a row's lanes are its
     bits."""
     block = min(next_power_of_2(columns), 2048)
-    return Loss(min(16, 2048 // block), block, 4, 2 if columns > block else 1)
+    # Short rows: half as many lanes, ptxas spills with two rows of 1024 float32 and all options (sm_90).
+    return Loss(max(1, min(16, 1024 // block)), block, 4, 2 if columns > block else 1)
 
 
 @cross_entropy.candidates
