@@ -75,7 +75,8 @@ def matrix(x: Tensor | None) -> Matrix | None:
 
 
 def kernel_argument(epilogue: Forward | Gradient) -> Forward | Gradient:
-    """``epilogue`` with its matrices as kernels take them."""
+    """``epilogue`` with its matrices as kernels take them. Dropout is an argument of its own: Triton 3.6 fails on it here."""
+    epilogue = epilogue._replace(dropout=None)
     return type(epilogue)(*(matrix(x) if isinstance(x, Tensor) and x.dim() == 2 else x for x in epilogue))
 
 
@@ -147,7 +148,7 @@ def _add_bias(acc, bias, column_start, columns, COLUMNS: tl.constexpr):
 
 @triton.jit
 def finish(
-    pre, gate, epilogue, row_start, column_start, rows, columns,
+    pre, gate, epilogue, dropout, row_start, column_start, rows, columns,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``epilogue`` (a Forward) of float32 products pre and, if GATED, gate at a tile."""
@@ -164,10 +165,10 @@ def finish(
             value = value * pre
         else:
             value, _ = activate(pre, ACTIVATION)
-        if epilogue.dropout is not None:
+        if dropout is not None:
             row = row_start + tl.arange(0, ROWS)
-            keep = keep_tile(epilogue.dropout, column_start, row, 0, ROWS, COLUMNS)
-            value = tl.where(keep, value * epilogue.dropout.scale, 0.0)
+            keep = keep_tile(dropout, column_start, row, 0, ROWS, COLUMNS)
+            value = tl.where(keep, value * dropout.scale, 0.0)
         if epilogue.residual is not None:
             value += load_tile(epilogue.residual, row_start, column_start, rows, columns, ROWS, COLUMNS).to(tl.float32)
         store_tile(epilogue.out, row_start, column_start, rows, columns, value, ROWS, COLUMNS)
@@ -183,15 +184,15 @@ def _store_column_sums(sums, gradient, row_start, column_start, columns, ROWS: t
 
 @triton.jit
 def finish_gradient(
-    dhidden, epilogue, row_start, column_start, rows, columns,
+    dhidden, epilogue, dropout, row_start, column_start, rows, columns,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``epilogue`` (a Gradient) of the float32 product dhidden at a tile."""
     factor = 1.0
-    if epilogue.dropout is not None:
+    if dropout is not None:
         row = row_start + tl.arange(0, ROWS)
-        keep = keep_tile(epilogue.dropout, column_start, row, 0, ROWS, COLUMNS)
-        factor = tl.where(keep, epilogue.dropout.scale, 0.0)
+        keep = keep_tile(dropout, column_start, row, 0, ROWS, COLUMNS)
+        factor = tl.where(keep, dropout.scale, 0.0)
     dhidden = dhidden * factor
     pre = load_tile(epilogue.pre, row_start, column_start, rows, columns, ROWS, COLUMNS).to(tl.float32)
     if epilogue.gate is not None:
@@ -222,7 +223,7 @@ def _sum_parts(x, row_start, column_start, rows, columns, ROWS: tl.constexpr, CO
 
 @triton.jit
 def elementwise_kernel(
-    product, gate_product, epilogue, rows, columns,
+    product, gate_product, epilogue, dropout, rows, columns,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a product in memory (rows, columns). Grid: (row blocks, column blocks)."""
@@ -230,13 +231,13 @@ def elementwise_kernel(
     column_start = tl.program_id(1) * COLUMNS
     pre = _sum_parts(product, row_start, column_start, rows, columns, ROWS, COLUMNS)
     if GRADIENT:
-        finish_gradient(pre, epilogue, row_start, column_start, rows, columns, ACTIVATION, ROWS, COLUMNS)
+        finish_gradient(pre, epilogue, dropout, row_start, column_start, rows, columns, ACTIVATION, ROWS, COLUMNS)
     else:
         gate = pre
         if gate_product is not None:
             gate = _sum_parts(gate_product, row_start, column_start, rows, columns, ROWS, COLUMNS)
         finish(
-            pre, gate, epilogue, row_start, column_start, rows, columns,
+            pre, gate, epilogue, dropout, row_start, column_start, rows, columns,
             ACTIVATION, gate_product is not None, ROWS, COLUMNS,
         )  # fmt: skip
 
@@ -254,6 +255,7 @@ def elementwise(
         product=_parts(product),
         gate_product=_parts(gate_product),
         epilogue=kernel_argument(epilogue),
+        dropout=epilogue.dropout,
         rows=rows,
         columns=columns,
         ACTIVATION=activation,

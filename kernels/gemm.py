@@ -74,18 +74,18 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _finish(
-    pre, gate, epilogue, row_start, column_start, rows, columns,
+    pre, gate, epilogue, dropout, row_start, column_start, rows, columns,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     if GRADIENT:
-        finish_gradient(pre, epilogue, row_start, column_start, rows, columns, ACTIVATION, ROWS, COLUMNS)
+        finish_gradient(pre, epilogue, dropout, row_start, column_start, rows, columns, ACTIVATION, ROWS, COLUMNS)
     else:
-        finish(pre, gate, epilogue, row_start, column_start, rows, columns, ACTIVATION, GATED, ROWS, COLUMNS)
+        finish(pre, gate, epilogue, dropout, row_start, column_start, rows, columns, ACTIVATION, GATED, ROWS, COLUMNS)
 
 
 @triton.jit
 def gemm_kernel(
-    a, b, b_gate, a2, b2, epilogue, parts, gate_parts, rows, columns, inner, slice_k,
+    a, b, b_gate, a2, b2, epilogue, dropout, parts, gate_parts, rows, columns, inner, slice_k,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, ACROSS: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -129,16 +129,16 @@ def gemm_kernel(
         if GATED:
             gate_left, gate_right = _halves(gate, BLOCK_M, BLOCK_N)
         _finish(
-            left, gate_left, epilogue, row_start, column_start, rows, columns,
+            left, gate_left, epilogue, dropout, row_start, column_start, rows, columns,
             ACTIVATION, GRADIENT, GATED, BLOCK_M, HALF,
         )  # fmt: skip
         _finish(
-            right, gate_right, epilogue, row_start, column_start + HALF, rows, columns,
+            right, gate_right, epilogue, dropout, row_start, column_start + HALF, rows, columns,
             ACTIVATION, GRADIENT, GATED, BLOCK_M, HALF,
         )  # fmt: skip
     else:
         _finish(
-            pre, gate, epilogue, row_start, column_start, rows, columns,
+            pre, gate, epilogue, dropout, row_start, column_start, rows, columns,
             ACTIVATION, GRADIENT, b_gate is not None, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -200,6 +200,7 @@ def gemm(
     gemm_kernel[(tiles, splits)](
         *operands,
         epilogue=kernel_argument(epilogue),
+        dropout=epilogue.dropout,
         parts=parts,
         gate_parts=gate_parts,
         rows=rows,
