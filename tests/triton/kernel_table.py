@@ -30,8 +30,8 @@ memory of a program and tensor-core instructions are the compiler's; no time is 
     tile, warps (w), stages (s) | registers | shared memory in KiB | tensor-core instructions [TMA loads]
 
 The tiles are those of `kernels/configs.py`; M and N are rows and columns of a program's tile, K the inner dimension of a step, R
-rows. A configuration without stages has no loop that is pipelined. Nothing spills: `tests/triton/test_compile.py`
-checks that, and shared memory, for all of them and for sm_86, sm_89 and sm_120 (99 KiB). sm_90's products are wgmma (HGMMA)
+rows. A configuration without stages has no loop that is pipelined. A cell whose kernel spills says so;
+`tests/triton/test_compile.py` fails there, and where shared memory does not suffice, also for sm_86, sm_89 and sm_120 (99 KiB). sm_90's products are wgmma (HGMMA)
 unless a tile has fewer than its 64 rows, sm_100's tcgen05 (UTCHMMA), sm_80's mma.sync (HMMA), gfx942's MFMA; float32 with
 torch's default matmul precision uses none; TF32 runs the same tiles and is not listed.
 """
@@ -61,7 +61,8 @@ def _cell(row: Row) -> str:
     counts = row["instructions"]
     cores = [f"{counts[name]} {name}" for name in ("HMMA", "HGMMA", "UTCHMMA", "MFMA") if counts.get(name)]
     cores += [f"{counts['UTMALDG']} TMA"] if counts.get("UTMALDG") else []
-    return ", ".join([configuration(row), str(row["registers"]), f"{row['shared'] / 1024:.3g}", " ".join(cores) or "-"])
+    words = [configuration(row), str(row["registers"]), f"{row['shared'] / 1024:.3g}", " ".join(cores) or "-"]
+    return ", ".join(words + ([f"**spills {row['stack']} bytes**"] if row["stack"] else []))
 
 
 def table(rows: Iterable[Row], triton: str, earlier: str = "") -> str:

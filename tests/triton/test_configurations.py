@@ -52,7 +52,7 @@ def test_the_page_has_the_shipped_configurations(launches: list[kernel_table.Row
 def test_a_page_can_be_read_back() -> None:
     row = {"family": "norm", "point": {"columns": 64, "dtype": "float32", "rms": True}, "name": "norm_kernel"}
     row |= {"arch": "sm_90", "tile": {"ROWS": 4, "BLOCK": 64}, "num_warps": 8, "num_stages": None}
-    row |= {"registers": 40, "shared": 1536, "instructions": {"HMMA": 0, "UTMALDG": 2}}
+    row |= {"registers": 40, "stack": 0, "shared": 1536, "instructions": {"HMMA": 0, "UTMALDG": 2}}
     page = kernel_table.table([row], "3.9.0")
     assert "| 64 float32 rms | norm |  | R4 N64 8w, 40, 1.5, 2 TMA |  |  |" in page
     assert kernel_table.configurations(page) == {("norm", "64 float32 rms", "norm", "sm_90"): "R4 N64 8w"}
