@@ -400,8 +400,10 @@ def norm_backward(columns: int, arch: Arch) -> Norm:
     block = next_power_of_2(columns)
     if block > 8192:
         return Norm(1, 4096, 8, _norm_stages(4096, arch))
-    rows = max(1, min(16, 4096 // block))
-    return Norm(rows, block, 8 if rows * block >= 4096 else 4, _norm_stages(rows * block, arch))
+    if block < 1024:
+        return Norm(min(16, 2048 // block), block, 4)  # ptxas spills when rows of 256 in float32 are pipelined (sm_90)
+    rows = max(1, 4096 // block)
+    return Norm(rows, block, 8, _norm_stages(rows * block, arch))
 
 
 @choice()
