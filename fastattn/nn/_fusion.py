@@ -53,7 +53,7 @@ def is_plain_linear(module: Any) -> bool:
 
 def _has_linear(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> bool:
     """Whether fastattn's linear operations have the implementation and the tensors are plain and not nested."""
-    return _are_plain(weight, bias) and not x.is_nested and asked(implementation) not in ("cuda", "triton")
+    return _are_plain(weight, bias) and not x.is_nested and asked(implementation) != "cuda"
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
