@@ -36,8 +36,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    ours, theirs = row["median"] * 1e3, row["peer_median"] * 1e3
-    return f"**{row['ratio']:.2f}** ({ours:.3g} ms, {row['peer'].split(':')[0]} {theirs:.3g})"
+    ours, theirs = (f"{t:.0f}" if t >= 1000 else f"{t:.3g}" for t in (row["median"] * 1e3, row["peer_median"] * 1e3))
+    return f"**{row['ratio']:.2f}** ({ours} ms, {row['peer'].split(':')[0]} {theirs})"
 
 
 if __name__ == "__main__":
