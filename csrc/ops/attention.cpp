@@ -1,38 +1,20 @@
+#include "ops/attention.h"
+
 #include <algorithm>
 #include <limits>
 #include <vector>
 
 #include "cpu/kernel_table.h"
-#include "ops/tensor.h"
 
 namespace fastattn {
 namespace {
 
-void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
-  FASTATTN_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v are 4-D");
-  FASTATTN_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                 "attention: q, k and v differ in dtype");
-  FASTATTN_CHECK(k.size(0) == v.size(0), "attention: k and v differ in batch size");
-  FASTATTN_CHECK(k.size(1) == v.size(1) && (q.size(1) == 0 || (k.size(1) > 0 && q.size(1) % k.size(1) == 0)),
-                 "attention: the heads of q are no multiple of those of k and v");
-  FASTATTN_CHECK(k.size(2) == v.size(2), "attention: k and v differ in length");
-  FASTATTN_CHECK(k.size(3) == q.size(3), "attention: q and k differ in head_dim");
-  FASTATTN_CHECK(q.size(3) > 0 && v.size(3) > 0, "attention: head_dim is 0");
-}
-
 // Up to this many rows a call is a decoding step: the rest has too few lanes to fill.
 constexpr int64_t kDecodeRows = 8;
 
+Tensor allocate(std::initializer_list<int64_t> shape, ScalarType type) { return empty(shape, type); }
+
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// Last stride 1, as the kernels need; any other order of the rest is read in place.
-Tensor unit_last_stride(const Tensor& x) {
-  return x.stride(3) == 1 || x.size(3) <= 1 ? x : torch::stable::contiguous(x);
-}
-
-void set_strides(const Tensor& x, int64_t (&stride)[3]) {
-  for (int i = 0; i < 3; ++i) stride[i] = x.stride(i);
-}
 
 // Every page that a sequence's keys lie in exists.
 void check_pages(const AttentionParams& p, int64_t pages) {
@@ -47,98 +29,25 @@ void check_pages(const AttentionParams& p, int64_t pages) {
   }
 }
 
-// Reads `sequences` into p: from here on a batch entry is a sequence, rows and keys are the largest of any.
-void set_sequences(AttentionParams& p, const Tensor& q, const Tensor& k, const OptionalTensor& sequences,
-                   const OptionalTensor& block_table) {
-  FASTATTN_CHECK(sequences.has_value() || !block_table.has_value(), "attention: block_table needs sequences");
-  if (!sequences.has_value()) {
-    FASTATTN_CHECK(k.size(0) == q.size(0), "attention: q, k and v differ in batch size");
-    return;
-  }
-  const Tensor& table = *sequences;
-  FASTATTN_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 && table.size(1) == 5 &&
-                     table.is_contiguous(),
-                 "attention: sequences is a contiguous int64 CPU tensor (sequences, 5)");
-  const int64_t count = table.size(0);
-  FASTATTN_CHECK(q.size(0) == count || q.size(0) == 1, "attention: sequences: q is batched by sequence or packed");
-  p.batch = count, p.rows = p.keys = 0;
-  p.sequences = static_cast<const Sequence*>(table.const_data_ptr());
-  if (q.size(0) == 1) p.q_stride[0] = p.row_stride[0] = 0;
-  int64_t capacity = k.size(2);
-  if (block_table.has_value()) {
-    FASTATTN_CHECK(block_table->is_cpu() && block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
-                       block_table->size(0) == count && block_table->is_contiguous() && k.size(2) > 0,
-                   "attention: block_table is a contiguous int32 CPU tensor (sequences, pages of each)");
-    p.block_table = block_table->const_data_ptr<int32_t>();
-    p.max_pages = block_table->size(1), p.page_size = k.size(2);
-    capacity *= p.max_pages;
-  } else {
-    FASTATTN_CHECK(k.size(0) == count || k.size(0) == 1, "attention: sequences: k is batched by sequence or packed");
-    if (k.size(0) == 1) p.k_stride[0] = p.v_stride[0] = 0;
-  }
-  for (int64_t b = 0; b < count; ++b) {
+// The extents of the largest sequence, once all of them are known to lie in their tensors.
+void read_sequences(AttentionParams& p, const Tensor& q, const Tensor& k) {
+  const int64_t capacity = p.keys;
+  p.rows = p.keys = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence& own = p.sequences[b];
     FASTATTN_CHECK(own.q_begin >= 0 && own.rows >= 0 && own.rows <= q.size(2) - own.q_begin,
                    "attention: sequences: rows outside q");
     FASTATTN_CHECK(own.k_begin >= 0 && own.keys >= 0 && own.keys <= capacity - own.k_begin,
                    "attention: sequences: keys outside k");
-    FASTATTN_CHECK(p.mask == nullptr || (q.size(0) == count && k.size(0) == count && own.q_begin == 0 &&
-                                         own.k_begin == 0 && p.block_table == nullptr),
+    FASTATTN_CHECK(p.mask == nullptr || (own.q_begin == 0 && own.k_begin == 0),
                    "attention: attn_mask with packed or paged sequences");
     p.rows = std::max(p.rows, own.rows), p.keys = std::max(p.keys, own.keys);
   }
   if (p.block_table != nullptr) check_pages(p, k.size(0));
 }
 
-AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& attn_mask,
-                            const OptionalTensor& slopes, const OptionalTensor& sinks, const OptionalTensor& sequences,
-                            const OptionalTensor& block_table) {
-  check_inputs(q, k, v);
-  AttentionParams p{};
-  p.dtype = p.mask_dtype = dtype_of(q);
-  FASTATTN_CHECK(p.dtype != DType::kBool, "attention: q is bool");
-  p.batch = q.size(0), p.heads = q.size(1), p.heads_kv = k.size(1);
-  p.rows = q.size(2), p.keys = k.size(2), p.head_dim = q.size(3), p.head_dim_v = v.size(3);
-  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
-  set_strides(q, p.q_stride), set_strides(k, p.k_stride), set_strides(v, p.v_stride);
-  p.row_stride[0] = p.heads * p.rows, p.row_stride[1] = p.rows;
-  const ScalarType accumulation = accumulation_type(q.scalar_type());
-  if (attn_mask.has_value()) {
-    const Tensor& mask = *attn_mask;
-    const int64_t full[4] = {p.batch, p.heads, p.rows, p.keys};
-    FASTATTN_CHECK(mask.dim() == 4, "attention: attn_mask is 4-D");
-    p.mask_dtype = dtype_of(mask);
-    FASTATTN_CHECK(p.mask_dtype == DType::kBool || p.mask_dtype == p.dtype || p.mask_dtype == DType::kFloat32,
-                   "attention: attn_mask is bool, float32 or of q's dtype");
-    for (int i = 0; i < 4; ++i) {
-      FASTATTN_CHECK(mask.size(i) == 1 || mask.size(i) == full[i], "attention: attn_mask does not broadcast");
-      p.mask_stride[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
-    }
-    p.mask = mask.const_data_ptr();
-  }
-  set_sequences(p, q, k, sequences, block_table);
-  if (slopes.has_value()) {
-    FASTATTN_CHECK(slopes->dim() == 2 && (slopes->size(0) == 1 || slopes->size(0) == p.batch) &&
-                       slopes->size(1) == p.heads && slopes->scalar_type() == accumulation && slopes->is_contiguous(),
-                   "attention: alibi_slopes is (1 | batch, heads), contiguous, in the accumulation dtype");
-    p.slopes = slopes->const_data_ptr();
-    p.slopes_stride_batch = slopes->size(0) == 1 ? 0 : p.heads;
-  }
-  if (sinks.has_value()) {
-    FASTATTN_CHECK(sinks->dim() == 1 && sinks->size(0) == p.heads && sinks->scalar_type() == accumulation &&
-                       sinks->is_contiguous(),
-                   "attention: sinks is (heads,), contiguous, in the accumulation dtype");
-    p.sinks = sinks->const_data_ptr();
-  }
-  return p;
-}
-
-void set_scalars(AttentionParams& p, double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
-                 double softcap, double dropout_p, const OptionalTensor& rng_state) {
-  p.scale = softmax_scale, p.softcap = softcap;
-  p.window_left = window_left, p.window_right = window_right, p.diagonal = diagonal;
-  p.dropout = make_dropout(dropout_p, rng_state);
-  p.dropout_scale = 1 / (1 - std::max(dropout_p, 0.0));
+AttentionParams make_params(const AttentionInputs& x, const AttentionOptions& options) {
+  return attention_params(x, options, [&](AttentionParams& p) { read_sequences(p, x.q, x.k); });
 }
 
 // Of the sequences before each, per head: how many work items they have and what these cost. Empty without sequences.
@@ -284,8 +193,8 @@ Tensor attention_inference(const Tensor& q_in, const Tensor& k_in, const Tensor&
                            double dropout_p, const OptionalTensor& rng_state, const OptionalTensor& sequences,
                            const OptionalTensor& block_table, bool reduced_precision) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
-  AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table);
-  set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
+  AttentionParams p = make_params({q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table},
+                                  {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
   return run_forward(kernels_of(q, reduced_precision), p, q, q_in);
 }
 
@@ -297,14 +206,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q_in, const T
                                                      const OptionalTensor& rng_state, const OptionalTensor& sequences,
                                                      const OptionalTensor& block_table, bool reduced_precision) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
-  AttentionParams p = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table);
-  set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
-  const ScalarType type = q.scalar_type(), wide = accumulation_type(type);
-  const Tensor lse = empty({q.size(0), p.heads, q.size(2)}, wide);
-  const bool keeps = type == ScalarType::Float;
-  const Tensor statistics = keeps ? empty({2, q.size(0), p.heads, q.size(2)}, wide) : empty({0}, wide);
-  p.lse = lse.mutable_data_ptr();
-  if (keeps) p.statistics = statistics.mutable_data_ptr(), p.statistics_stride = lse.numel();
+  AttentionParams p = make_params({q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table},
+                                  {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
+  const auto [lse, statistics] = allocate_statistics(p, q, allocate);
   const Tensor out = run_forward(kernels_of(q, reduced_precision), p, q, q_in);
   return {out, lse, statistics};
 }
@@ -362,73 +266,50 @@ void run_by_blocks(const KernelTable& table, AttentionBackwardParams p, const Ta
   for_items(p, p.heads_kv, blocks_of(p.keys, keys), key_blocks, table.attention_backward);
 }
 
-// Sets p.dq, p.dk and p.dv; what no sequence covers has gradient 0, what two share has none that is well defined.
-std::tuple<Tensor, Tensor, Tensor> input_gradients(AttentionBackwardParams& p, const Tensor& q, const Tensor& k) {
-  const ScalarType type = q.scalar_type();
-  Tensor dq = empty({q.size(0), p.heads, q.size(2), p.head_dim}, type);
-  Tensor dk = empty({k.size(0), p.heads_kv, k.size(2), p.head_dim}, type);
-  Tensor dv = empty({k.size(0), p.heads_kv, k.size(2), p.head_dim_v}, type);
-  p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
-  p.key_stride[0] = p.heads_kv * k.size(2), p.key_stride[1] = k.size(2);
-  if (p.sequences == nullptr) return {dq, dk, dv};
-  const bool q_packed = q.size(0) == 1, k_packed = k.size(0) == 1;
-  if (q_packed) p.out_stride[0] = p.dout_stride[0] = 0;
-  if (k_packed) p.key_stride[0] = 0;
+// Zeroes what no sequence covers; what two share has no gradient that is well defined.
+void zero_uncovered(const AttentionBackwardParams& p, const AttentionInputs& x, AttentionGradients& gradients) {
+  if (p.sequences == nullptr) return;
+  const bool q_packed = x.q.size(0) == 1, k_packed = x.k.size(0) == 1;
   for (int64_t b = 1; b < p.batch; ++b) {
     const Sequence &own = p.sequences[b], &before = p.sequences[b - 1];
     FASTATTN_CHECK((!q_packed || own.q_begin >= before.q_begin + before.rows) &&
                        (!k_packed || own.k_begin >= before.k_begin + before.keys),
                    "attention: sequences: backward needs packed sequences one after the other");
   }
-  if (!covered(p, q_packed, q.size(2), &Sequence::q_begin, &Sequence::rows)) torch::stable::zero_(dq);
-  if (!covered(p, k_packed, k.size(2), &Sequence::k_begin, &Sequence::keys)) {
-    torch::stable::zero_(dk);
-    torch::stable::zero_(dv);
+  if (!covered(p, q_packed, x.q.size(2), &Sequence::q_begin, &Sequence::rows)) {
+    torch::stable::zero_(std::get<0>(gradients));
   }
-  return {dq, dk, dv};
+  if (!covered(p, k_packed, x.k.size(2), &Sequence::k_begin, &Sequence::keys)) {
+    torch::stable::zero_(std::get<1>(gradients));
+    torch::stable::zero_(std::get<2>(gradients));
+  }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-    const Tensor& out_in, const Tensor& lse_in, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
-    double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad, bool slopes_grad,
-    bool sinks_grad, const OptionalTensor& sequences, const OptionalTensor& statistics_in, bool reduced_precision) {
+AttentionGradients attention_backward(const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& q_in,
+                                      const Tensor& k_in, const Tensor& v_in, const Tensor& out_in,
+                                      const Tensor& lse_in, const OptionalTensor& attn_mask,
+                                      const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                      double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
+                                      double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad,
+                                      bool slopes_grad, bool sinks_grad, const OptionalTensor& sequences,
+                                      const OptionalTensor& statistics_in, bool reduced_precision) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const Tensor dout = unit_last_stride(dout_in), out = unit_last_stride(out_in);
   const Tensor lse = torch::stable::contiguous(lse_in);
   const bool kept = statistics_in.has_value() && statistics_in->numel() > 0;
-  const OptionalTensor statistics =
-      kept ? OptionalTensor(torch::stable::contiguous(*statistics_in)) : OptionalTensor(std::nullopt);
-  const OptionalTensor dlse = dlse_in.has_value() ? OptionalTensor(torch::stable::contiguous(*dlse_in)) : std::nullopt;
+  const OptionalTensor statistics = kept ? contiguous_or_none(statistics_in) : OptionalTensor(std::nullopt);
+  const OptionalTensor dlse = contiguous_or_none(dlse_in), block_table = std::nullopt;
+  const AttentionInputs inputs{q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table};
+  const AttentionUpstream upstream{dout, dlse, out, lse, statistics, mask_grad, slopes_grad, sinks_grad};
   AttentionBackwardParams p{};
-  static_cast<AttentionParams&>(p) = make_params(q, k, v, attn_mask, alibi_slopes, sinks, sequences, std::nullopt);
-  set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
-  const ScalarType type = q.scalar_type(), accumulation = accumulation_type(type);
-  for (const Tensor* x : {&dout, &out}) {
-    FASTATTN_CHECK(x->dim() == 4 && x->size(0) == q.size(0) && x->size(1) == p.heads && x->size(2) == q.size(2) &&
-                       x->size(3) == p.head_dim_v && x->scalar_type() == type,
-                   "attention: dout and out are (batch, heads, rows, head_dim_v) in q's dtype");
-  }
-  FASTATTN_CHECK(lse.numel() == q.size(0) * p.heads * q.size(2) && lse.scalar_type() == accumulation,
-                 "attention: lse is (batch, heads, rows) in the accumulation dtype");
-  FASTATTN_CHECK(!kept || (type == ScalarType::Float && statistics->numel() == 2 * lse.numel() &&
-                           statistics->scalar_type() == accumulation),
-                 "attention: statistics is what forward returned for float32");
-  FASTATTN_CHECK(!dlse.has_value() || (dlse->numel() == lse.numel() && dlse->scalar_type() == accumulation),
-                 "attention: dlse is like lse");
-  FASTATTN_CHECK(!mask_grad || (attn_mask.has_value() && p.mask_dtype != DType::kBool),
-                 "attention: mask_grad needs an additive attn_mask");
-  FASTATTN_CHECK(!slopes_grad || alibi_slopes.has_value(), "attention: slopes_grad needs alibi_slopes");
-  FASTATTN_CHECK(!sinks_grad || sinks.has_value(), "attention: sinks_grad needs sinks");
-  p.out = const_cast<void*>(out.const_data_ptr()), p.lse = const_cast<void*>(lse.const_data_ptr());
-  p.statistics = const_cast<void*>(data_or_null(statistics)), p.statistics_stride = lse.numel();
-  p.dout = dout.const_data_ptr(), p.dlse = data_or_null(dlse);
-  set_strides(out, p.out_stride), set_strides(dout, p.dout_stride);
-
-  const auto [dq, dk, dv] = input_gradients(p, q, k);
+  static_cast<AttentionParams&>(p) =
+      make_params(inputs, {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
+  set_upstream(p, inputs, upstream);
+  AttentionGradients gradients = allocate_gradients(p, inputs, upstream, allocate);
+  zero_uncovered(p, inputs, gradients);
+  const ScalarType accumulation = accumulation_type(q.scalar_type());
   const Tensor delta = empty({q.size(0), p.heads, sinks_grad ? q.size(2) : 0}, accumulation);
   const Tensor slope_rows = empty({q.size(0), p.heads, slopes_grad ? q.size(2) : 0}, accumulation);
   if (sinks_grad) p.delta = delta.mutable_data_ptr();
@@ -441,27 +322,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   run_decode(table, p, accumulation, p.head_dim + 1, table.attention_backward, decodes);
   run_by_blocks(table, p, [&](const Sequence& own) { return !decodes(own); });
 
-  Tensor dmask = none(q), dslopes = none(q), dsinks = none(q);
   if (mask_grad) {
-    int64_t* extent = p.mask_extent;
-    for (int i = 0; i < 4; ++i) extent[i] = attn_mask->size(i);
-    dmask = empty({extent[0], extent[1], extent[2], extent[3]}, attn_mask->scalar_type());
-    p.dmask = dmask.mutable_data_ptr();
+    const int64_t* extent = p.mask_extent;
     run_stage(table, p, AttentionStage::kMask,
               extent[0] * extent[1] * blocks_of(extent[2], table.attention_queries) *
                   blocks_of(extent[3], table.attention_keys));
   }
-  if (slopes_grad) {
-    dslopes = empty({alibi_slopes->size(0), p.heads}, accumulation);
-    if (p.batch == 0) torch::stable::zero_(dslopes);
-    p.dslopes = dslopes.mutable_data_ptr();
-  }
-  if (sinks_grad) {
-    dsinks = empty({p.heads}, accumulation);
-    p.dsinks = dsinks.mutable_data_ptr();
-  }
+  if (slopes_grad && p.batch == 0) torch::stable::zero_(std::get<4>(gradients));
   if (slopes_grad || sinks_grad) run_stage(table, p, AttentionStage::kFinish, p.heads);
-  return {dq, dk, dv, dmask, dslopes, dsinks};
+  return gradients;
 }
 
 Tensor attention_weights(const Tensor& q_in, const Tensor& k_in, const Tensor& lse_in, const OptionalTensor& attn_mask,
@@ -469,20 +338,17 @@ Tensor attention_weights(const Tensor& q_in, const Tensor& k_in, const Tensor& l
                          int64_t window_right, int64_t diagonal, double softcap, double dropout_p,
                          const OptionalTensor& rng_state, bool average, bool reduced_precision) {
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), lse = torch::stable::contiguous(lse_in);
+  const OptionalTensor none = std::nullopt;
   AttentionWeightsParams p{};
   static_cast<AttentionParams&>(p) =
-      make_params(q, k, k, attn_mask, alibi_slopes, std::nullopt, std::nullopt, std::nullopt);
-  set_scalars(p, softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state);
+      make_params({q, k, k, attn_mask, alibi_slopes, none, none, none},
+                  {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
+  set_weights_inputs(p, q, lse, average);
   const ScalarType type = q.scalar_type();
-  FASTATTN_CHECK(lse.numel() == p.batch * p.heads * p.rows && lse.scalar_type() == accumulation_type(type),
-                 "attention_weights: lse is (batch, heads, rows) in the accumulation dtype");
   const Tensor weights =
       average ? empty({p.batch, p.rows, p.keys}, type) : empty({p.batch, p.heads, p.rows, p.keys}, type);
   if (weights.numel() == 0) return weights;
-  FASTATTN_CHECK(p.heads > 0, "attention_weights: no heads to average over");
-  p.lse = const_cast<void*>(lse.const_data_ptr());
   p.weights = weights.mutable_data_ptr();
-  p.average = average;
   const KernelTable& table = kernels_of(q, reduced_precision);
   const int64_t items = p.batch * (average ? 1 : p.heads) * blocks_of(p.rows, table.attention_queries) *
                         blocks_of(p.keys, table.attention_weight_keys);
