@@ -30,7 +30,6 @@ _SPREAD = [
     ("sm_90", "cross_entropy", "classes=32000", "dtype=bfloat16"),
     ("sm_90", "rope", "head_dim=256", "heads=16", "dtype=bfloat16"),
     ("sm_90", "ffn", "dtype=bfloat16"),
-    ("sm_90", "cross_entropy", "classes=32000", "dtype=bfloat16"),
     ("sm_100", "attention", "head_dim=128", "dtype=bfloat16", "extras=False"),
     ("sm_120", "attention", "head_dim=64", "dtype=bfloat16", "extras=False"),
     ("gfx942", "attention", "head_dim=64", "dtype=bfloat16", "extras=False"),
