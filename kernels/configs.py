@@ -277,11 +277,12 @@ def attention_decode(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch
     """Tiles of the decode kernel: the 16 rows of one mma.sync, whatever the group, so that a row's bits depend on nothing else.
 
     Reading keys is all the time: narrow steps and few warps, so that several programs with several stages share a multiprocessor.
+    float32's FMA keeps rows of q and k in registers, which half as many threads spill (64 and 256 on sm_100, 128 on sm_80).
     """
     if arch.kind == "interpreter":
         return Attention(16, 64, 4, 1)
     if dtype == torch.float32:
-        return Attention(16, 32 if head_dim in (32, 64) else 16, 4, 1)
+        return Attention(16, 32 if head_dim in (32, 64) else 16, _warps(arch), 1)
     if head_dim <= 64 and not extras:
         return Attention(16, 64, 4, 3)
     return Attention(16, 32, 4, 3 if head_dim <= 128 else 2)
@@ -530,10 +531,12 @@ def gemm(use: str, precision: str, arch: Arch) -> Matmul:
     if arch.kind == "interpreter":
         return _INTERPRETED_MATMUL
     if precision == "ieee":
-        return Matmul(64, 32 if use.startswith("gated") else 64, 16, 4, 2)
+        return Matmul(64, 64, 16, 8, 2)  # with 4 warps ptxas aims at 96 registers and spills transposed products (sm_90, sm_100)
     wide = 1 if precision == "16-bit" else 2
     if arch.number in _TMA:
-        columns = {"linear": 256, "gated_gradient": 64}.get(use, 128)
+        # tcgen05's accumulators pass through shared memory: 128 x 256 in float32 leave no room for TF32's stages.
+        widest = 128 if precision == "tf32" and arch.number >= 100 else 256
+        columns = {"linear": widest, "gated_gradient": 64}.get(use, 128)
         halves = use != "activation"
         return Matmul(128, columns, 64 // wide, 8, 4 if use in ("linear", "activation") else 3, True, halves)
     columns = {"linear": 128, "activation": 128, "gated_gradient": 32}.get(use, 64)
