@@ -531,7 +531,7 @@ def gemm(use: str, precision: str, arch: Arch) -> Matmul:
     if arch.kind == "interpreter":
         return _INTERPRETED_MATMUL
     if precision == "ieee":
-        return Matmul(64, 64, 16, 8, 2)  # with 4 warps ptxas aims at 96 registers and spills transposed products (sm_90, sm_100)
+        return Matmul(64, 64, 16, 8, 2)  # 4 warps: ptxas aims at 96 registers and spills (sm_90, sm_100)
     wide = 1 if precision == "16-bit" else 2
     if arch.number in _TMA:
         # tcgen05's accumulators pass through shared memory: 128 x 256 in float32 leave no room for TF32's stages.
