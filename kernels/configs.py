@@ -302,7 +302,11 @@ def attention_backward_queries(head_dim: int, dtype: torch.dtype, extras: bool, 
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        return _float32_attention(head_dim, arch, (32, 16), (16, 16))
+        tiles = _float32_attention(head_dim, arch, (32, 16), (16, 16))
+        if arch.number >= 90 and head_dim == 64:
+            return replace(tiles, block_n=16)  # packed sequences spill 8 bytes a thread
+        # At 256 channels gfx942 spills 4 bytes a lane, but not with loads a step ahead.
+        return replace(tiles, num_stages=2) if arch.kind == "hip" and head_dim > 128 else tiles
     warps = _warps(arch)
     if head_dim > 128 and extras:
         return Attention(32, 32, warps, 1)
@@ -325,9 +329,8 @@ def attention_backward_keys(head_dim: int, dtype: torch.dtype, extras: bool, arc
     if arch.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
-        tiles = _float32_attention(head_dim, arch, (16, 16), (16, 16))
-        # At 256 channels gfx942 spills 24 bytes a lane, but not with loads a step ahead.
-        return replace(tiles, num_stages=2) if arch.kind == "hip" and head_dim > 128 else tiles
+        # At 256 channels gfx942 spills with 16 keys, in float32 one step at a time and in TF32 (packed sequences) two.
+        return _float32_attention(head_dim, arch, (16, 16), (16, 32) if arch.kind == "hip" else (16, 16))
     if arch.kind == "hip":
         return Attention(16 if extras else 32, 128, 4, 1) if head_dim <= 128 else Attention(16, 32, 4, 1)
     if head_dim <= 64:
@@ -403,6 +406,10 @@ def norm_backward(columns: int, arch: Arch) -> Norm:
         return Norm(1, 4096, 8, _norm_stages(4096, arch))
     if block < 1024:
         return Norm(min(16, 2048 // block), block, 4)  # ptxas spills when rows of 256 in float32 are pipelined (sm_90)
+    if block == 2048 and arch.kind == "cuda" and arch.number >= 100:
+        return Norm(
+            1, block, 4, _norm_stages(block, arch)
+        )  # two rows: ptxas aims at 128 registers and spills in 16 bits
     rows = max(1, 4096 // block)
     return Norm(rows, block, 8, _norm_stages(rows * block, arch))
 
