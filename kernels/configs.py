@@ -586,7 +586,7 @@ def _gemm_tiles(use: str, precision: str, arch: Arch) -> Iterator[Matmul]:
 
 @product.candidates
 def _products(use: str, rows: int, columns: int, precision: str, arch: Arch) -> Iterator[Matmul | Elementwise]:
-    """Both ways; and for a decoding step tiles that waste no more than tensor cores must, cut along K (``splits_of_few_rows``)."""
+    """Both ways; and for a decoding step tiles that waste no more than tensor cores must, cut along K (``gemm.py``)."""
     yield from (Elementwise(*tile) for tile in ((16, 128, 4), (32, 128, 8), (64, 64, 4)))
     yield gemm.shipped((use, precision), arch)
     yield from _gemm_tiles(use, precision, arch)
@@ -598,23 +598,3 @@ def _products(use: str, rows: int, columns: int, precision: str, arch: Arch) -> 
 def after_product(rows: int, gradient: bool) -> Elementwise:
     """The kernel after a product that was cut along K."""
     return Elementwise(64, 64, 4) if gradient else Elementwise(min(16, next_power_of_2(rows)), 256, 4)
-
-
-#: Programs of a product cut along K: two each on the 108 to 148 multiprocessors of a large GPU.
-_PROGRAMS = 264
-#: Steps along K that each part keeps at least, and parts at most: the parts are read again in float32.
-_STEPS, _PARTS = 4, 32
-
-
-def splits_of_few_rows(config: Matmul, columns: int, inner: int) -> int:
-    """Parts along K of a product of at most 16 rows: by columns and K alone, so a row's bits do not depend on the others."""
-    return 1 if config.block_m > 16 else _splits(-(-columns // config.block_n), inner, config)
-
-
-def splits_of_weight_gradient(config: Matmul, rows: int, columns: int, inner: int) -> int:
-    """Parts along the tokens (``inner``) of a gradient (rows, columns) with too few tiles for the whole GPU."""
-    return _splits(-(-rows // config.block_m) * -(-columns // config.block_n), inner, config)
-
-
-def _splits(tiles: int, inner: int, config: Matmul) -> int:
-    return max(1, min(_PROGRAMS // max(tiles, 1), inner // (_STEPS * config.block_k), _PARTS))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn.kernels import configs
 from fastattn.kernels.column_sum import column_sum
 from fastattn.kernels.epilogue import Forward, Gradient, elementwise
-from fastattn.kernels.gemm import gemm
+from fastattn.kernels.gemm import gemm, splits_of_few_rows
 from fastattn.kernels.linear import chosen, input_gradient, linear, weight_gradient
 from fastattn.kernels.philox import Dropout, dropout_argument
 
@@ -44,7 +44,7 @@ def _hidden(
     pre = x.new_empty(shape) if save_pre else None
     gate = x.new_empty(shape) if save_pre and gated else None
     epilogue = Forward(biases[0], biases[1], pre=pre, gate=gate, out=hidden, dropout=dropout)
-    splits = configs.splits_of_few_rows(config, shape[1], x.shape[1])
+    splits = splits_of_few_rows(config, shape[1], x.shape[1])
     gemm(x, weights[0], epilogue, config, b_gate=weights[1], activation=activation, splits=splits)
     return hidden, pre, gate
 

@@ -33,6 +33,10 @@ from fastattn.kernels.epilogue import (
 _GROUP_M = tl.constexpr(8)
 #: Largest stride, in elements, at which the offsets within a tile (at most 256 lines) stay 32-bit.
 _LARGEST_STRIDE = 2**31 // 256
+#: Programs of a product cut along K: two each on the 108 to 148 multiprocessors of a large GPU.
+_PROGRAMS = 264
+#: Steps along K that each part keeps at least, and parts at most: the parts are read again in float32.
+_STEPS, _PARTS = 4, 32
 
 
 @triton.jit
@@ -166,6 +170,20 @@ def _operand(x: Tensor | None, lines: int, across: bool, config: configs.Matmul)
     if not config.tma:
         return matrix(x.t() if across else x)
     return TensorDescriptor.from_tensor(x, [config.block_k, lines] if across else [lines, config.block_k])
+
+
+def splits_of_few_rows(config: configs.Matmul, columns: int, inner: int) -> int:
+    """Parts along K of a product of at most 16 rows: by columns and K alone, so a row's bits do not depend on the others."""
+    return 1 if config.block_m > 16 else _splits(-(-columns // config.block_n), inner, config)
+
+
+def splits_of_weight_gradient(config: configs.Matmul, rows: int, columns: int, inner: int) -> int:
+    """Parts along the tokens (``inner``) of a gradient (rows, columns) with too few tiles for the whole GPU."""
+    return _splits(-(-rows // config.block_m) * -(-columns // config.block_n), inner, config)
+
+
+def _splits(tiles: int, inner: int, config: configs.Matmul) -> int:
+    return max(1, min(_PROGRAMS // max(tiles, 1), inner // (_STEPS * config.block_k), _PARTS))
 
 
 def gemm(

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn.kernels import configs
 from fastattn.kernels.column_sum import column_sum
 from fastattn.kernels.epilogue import IDENTITY, Forward, elementwise
-from fastattn.kernels.gemm import gemm
+from fastattn.kernels.gemm import gemm, splits_of_few_rows, splits_of_weight_gradient
 
 
 def chosen(use: str, x: Tensor, columns: int) -> configs.Matmul | configs.Elementwise:
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
             elementwise(product, None, Forward(residual=residual, out=product), IDENTITY, config)
         return product
     y = x.new_empty(x.shape[0], weight.shape[0])
-    splits = configs.splits_of_few_rows(config, weight.shape[0], x.shape[1])
+    splits = splits_of_few_rows(config, weight.shape[0], x.shape[1])
     gemm(x, weight, Forward(bias=bias, residual=residual, out=y), config, splits=splits)
     return y
 
@@ -52,7 +52,7 @@ def input_gradient(*products: tuple[Tensor, Tensor]) -> Tensor:
     if second:
         gemm(dy, weight.t(), Forward(out=dx), config, second=(second[0][0], second[0][1].t()))
     else:
-        splits = configs.splits_of_few_rows(config, weight.shape[1], weight.shape[0])
+        splits = splits_of_few_rows(config, weight.shape[1], weight.shape[0])
         gemm(dy, weight.t(), Forward(out=dx), config, splits=splits)
     return dx
 
@@ -63,7 +63,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     if isinstance(config, configs.Elementwise):
         return torch.mm(dy.t(), x)
     dweight = dy.new_empty(dy.shape[1], x.shape[1])
-    splits = configs.splits_of_weight_gradient(config, *dweight.shape, dy.shape[0])
+    splits = splits_of_weight_gradient(config, *dweight.shape, dy.shape[0])
     gemm(dy.t(), x.t(), Forward(out=dweight), config, splits=splits)
     return dweight
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference
-from fastattn.kernels import configs, linear
+from fastattn.kernels import configs, gemm, linear
 from fastattn.kernels.configs import Elementwise, Matmul
 
 _DTYPES = [torch.float32, torch.bfloat16]
@@ -62,10 +62,10 @@ def test_recompute_changes_no_bit(implementation: str, way: str, activation: str
 
 def test_parts_along_k_depend_on_the_shape_alone(implementation: str) -> None:
     few = _WAYS["few rows"]
-    assert configs.splits_of_few_rows(few, 40, 600) == 600 // (4 * 32) > 1
-    assert configs.splits_of_few_rows(_WAYS["pointers"], 40, 600) == 1
-    assert configs.splits_of_weight_gradient(_WAYS["pointers"], 40, 600, 6000) > 1
-    for splits in (configs.splits_of_few_rows(few, 10**6, 10**6), configs.splits_of_few_rows(few, 0, 0)):
+    assert gemm.splits_of_few_rows(few, 40, 600) == 600 // (4 * 32) > 1
+    assert gemm.splits_of_few_rows(_WAYS["pointers"], 40, 600) == 1
+    assert gemm.splits_of_weight_gradient(_WAYS["pointers"], 40, 600, 6000) > 1
+    for splits in (gemm.splits_of_few_rows(few, 10**6, 10**6), gemm.splits_of_few_rows(few, 0, 0)):
         assert splits == 1
 
 
