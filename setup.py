@@ -4,24 +4,27 @@ Three shared objects, each optional, all through one generated ninja file:
 
 * ``fastattn/_C.so``      C++ operators behind LibTorch's stable ABI: no Python symbols, loads in torch >= 2.10 and any Python;
 * ``fastattn/_native*.so``  the pybind11 module (this Python only): ISA facts and forcing;
-* ``fastattn/_cuda.so``   CUDA operators behind the same ABI, if nvcc is found.
+* ``fastattn/_cuda.so``   CUDA operators behind the same ABI, if nvcc is found. Neither a GPU nor a CUDA build of torch is
+  needed to build or to load it.
 
 A missing compiler (or torch at build time) makes a pure-Python install and one line that says so.
 
 Environment: FASTATTN_BUILD_CPP=0 builds nothing;
 FASTATTN_BUILD_CUDA=0/1/only forces CUDA off, or on (then a failure is an error), or builds nothing else;
-FASTATTN_CUDA_ARCHS (default "80;90;100"); MAX_JOBS; CXX; NVCC;
+FASTATTN_CUDA_ARCHS (default "80;90a"; see cuda_architectures); MAX_JOBS; CXX; NVCC;
 FASTATTN_SANITIZE=address,undefined for the C++ core under sanitizers, never in place (tests/sanitize.py, `make sanitize`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -50,6 +53,54 @@ if SANITIZE:
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(str(Path(home) / "bin" / "nvcc"))
+
+
+def cuda_architectures() -> list[str]:
+    """FASTATTN_CUDA_ARCHS, such as "80;86;89;90a;120".
+
+    The default has A100 (its code also runs on 86 and 89) and Hopper, whose kernels need the "a"; what is newer compiles the
+    PTX of the oldest when it is loaded.
+    """
+    archs = re.split(r"[;, ]+", os.environ.get("FASTATTN_CUDA_ARCHS") or "80;90a")
+    if bad := [arch for arch in archs if not re.fullmatch(r"(8[0-9]|9[0-9]|1[0-9][0-9])[af]?", arch)]:
+        raise SystemExit(
+            f"FASTATTN_CUDA_ARCHS: {', '.join(bad)} is not an architecture from 80 on, such as 80, 90a or 120"
+        )
+    return sorted({"90a" if arch == "90" else arch for arch in archs}, key=lambda arch: int(arch.rstrip("af")))
+
+
+def cuda_sources(archs: list[str]) -> dict[Path, list[str]]:
+    """Each .cu with the architectures that it is compiled for, which its name decides.
+
+    ``*_sm90*`` needs 90a and is left out without it; ``*_sm80*`` (mma.sync) is for all others, or for 90a where that is
+    alone; any other file is for all.
+    """
+    others = [arch for arch in archs if arch != "90a"] or archs
+    found = {}
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        if "_sm90" not in source.stem:
+            found[source] = others if "_sm80" in source.stem else archs
+        elif "90a" in archs:
+            found[source] = ["90a"]
+    return found
+
+
+def gencode(archs: list[str]) -> str:
+    """Machine code for each, and PTX of the first, for devices that are newer; that of 90a would serve none."""
+    options = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if archs[0].isdigit():
+        options.append(f"-gencode arch=compute_{archs[0]},code=compute_{archs[0]}")
+    return " ".join(options)
+
+
+@dataclass(frozen=True)
+class SharedObject:
+    """``sources`` with the flags that each is compiled with beyond the common ones."""
+
+    name: str
+    sources: dict[Path, str]
+    linker: str
+    libraries: str
 
 
 class NinjaBuild(build_ext):
@@ -110,18 +161,13 @@ class NinjaBuild(build_ext):
         core = sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) + sorted((ROOT / "csrc" / "ops").glob("*.cpp"))
         link = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10"
         linker = f"{cxx} -shared" + (f" -fsanitize={SANITIZE}" if SANITIZE else "")
+        native = {ROOT / "csrc" / "native" / "native.cpp": " ".join(includes + python + defines)}
         self.ninja(
             "cpu",
             f"{cxx} {' '.join(CXX_FLAGS)} {STABLE_ABI}",
             [
-                ("_C.so", core, includes, f"{linker} -Wl,-soname,_C.so", link),
-                (
-                    f"_native{suffix}",
-                    [ROOT / "csrc" / "native" / "native.cpp"],
-                    includes + python + defines,
-                    f"{linker} -Wl,-rpath,'$$ORIGIN'",
-                    "_C.so",
-                ),
+                SharedObject("_C.so", dict.fromkeys(core, " ".join(includes)), f"{linker} -Wl,-soname,_C.so", link),
+                SharedObject(f"_native{suffix}", native, f"{linker} -Wl,-rpath,'$$ORIGIN'", "_C.so"),
             ],
         )
 
@@ -129,23 +175,26 @@ class NinjaBuild(build_ext):
         nvcc = find_nvcc()
         if nvcc is None:
             raise OSError("nvcc was not found")
-        sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "ops" / "tensor.cpp"]
-        archs = os.environ.get("FASTATTN_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
-        gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
-        flags = f"-ccbin {cxx.split()[0]} -std=c++17 -O3 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
-        includes = [f"-I{ROOT / 'csrc'}", f"-isystem {torch_dir / 'include'}"]
+        archs = cuda_architectures()
+        flags = [f"-ccbin {cxx.split()[0]} -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden", STABLE_ABI]
+        flags += [
+            f"-I{ROOT / 'csrc'}",
+            f"-isystem {torch_dir / 'include'}",
+            f"'-DFASTATTN_CUDA_ARCHS=\"{';'.join(archs)}\"'",
+        ]
+        if "90a" in archs:
+            flags.append("-DFASTATTN_CUDA_SM90")
+        sources = {source: gencode(own) for source, own in cuda_sources(archs).items()}
+        sources[ROOT / "csrc" / "ops" / "tensor.cpp"] = ""
         link = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10 -ldl"
         # The runtime is linked in: the object loads where no CUDA is installed, and says so when it is called.
         self.ninja(
             "cuda",
-            f"{nvcc} {flags} {gencode} {STABLE_ABI}",
-            [("_cuda.so", sources, includes, f"{nvcc} -shared -cudart static", link)],
+            f"{nvcc} {' '.join(flags)}",
+            [SharedObject("_cuda.so", sources, f"{nvcc} -shared -cudart static", link)],
         )
 
-    def ninja(
-        self, name: str, compile_command: str, objects: list[tuple[str, list[Path], list[str], str, str]]
-    ) -> None:
-        """``objects``: (file name, sources, extra compile flags, link command, libraries)."""
+    def ninja(self, name: str, compile_command: str, objects: list[SharedObject]) -> None:
         build_dir = Path(self.build_temp).resolve() / name
         build_dir.mkdir(parents=True, exist_ok=True)
         depfile = "-MD -MF $out.d"
@@ -155,25 +204,26 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
             "rule link\n  command = $linker -o $out $in $libs\n  description = link $out",
         ]
-        for target, sources, flags, linker, libs in objects:
+        for target in objects:
             compiled = []
-            for source in sources:
-                out = f"{target}.{source.parent.name}.{source.stem}.o"
-                lines.append(f"build {out}: compile {source}\n  flags = {' '.join(flags)}")
+            for source, flags in target.sources.items():
+                out = f"{target.name}.{source.parent.name}.{source.stem}.o"
+                lines.append(f"build {out}: compile {source}\n  flags = {flags}")
                 compiled.append(out)
-            linked = [libs] if libs == "_C.so" else []
-            implicit = f" {' '.join(linked)}" if linked else ""
-            lines.append(f"build {target}: link {' '.join(compiled)}{implicit}\n  linker = {linker}")
-            lines.append(f"  libs = {'' if linked else libs}")
+            linked = target.libraries if target.libraries == "_C.so" else ""
+            lines.append(
+                f"build {target.name}: link {' '.join([*compiled, linked]).strip()}\n  linker = {target.linker}"
+            )
+            lines.append(f"  libs = {'' if linked else target.libraries}")
         (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir), "-j", jobs], check=True)
         self.package_dir().mkdir(parents=True, exist_ok=True)
-        for target, *_ in objects:
+        for target in objects:
             # Replace, never overwrite: a running process may have the old file mapped.
-            fresh = self.package_dir() / (target + ".new")
-            shutil.copy2(build_dir / target, fresh)
-            os.replace(fresh, self.package_dir() / target)
+            fresh = self.package_dir() / (target.name + ".new")
+            shutil.copy2(build_dir / target.name, fresh)
+            os.replace(fresh, self.package_dir() / target.name)
 
 
 setup(ext_modules=[Extension("fastattn._C", [])], cmdclass={"build_ext": NinjaBuild})

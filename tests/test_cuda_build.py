@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -63,6 +67,61 @@ def test_no_kernel_spills(build: tuple[Path, str]) -> None:
     # Forward and backward in four dtypes and four groups, five reductions.
     assert len(spills) == 2 * 4 * 4 + 5
     assert set(spills) == {("0", "0")}
+
+
+def test_says_what_it_is_for_and_why_it_cannot_run(build: tuple[Path, str]) -> None:
+    library = ctypes.CDLL(str(build[0]))
+    library.fastattn_cuda_architectures.restype = library.fastattn_cuda_obstacle.restype = ctypes.c_char_p
+    assert library.fastattn_cuda_architectures() == b"80"
+    obstacle = library.fastattn_cuda_obstacle().decode()
+    assert obstacle == "" if torch.cuda.is_available() else "CUDA" in obstacle
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the launches would succeed")
+def test_errors_name_kernel_configuration_and_cause(tmp_path: Path) -> None:
+    program = tmp_path / "launch_probe"
+    sources = [str(ROOT / "tests" / "cuda" / "launch_probe.cu"), str(ROOT / "csrc" / "cuda" / "device.cu")]
+    defines = ['-DFASTATTN_CUDA_ARCHS="80"', f"-I{ROOT / 'csrc'}"]
+    subprocess.run([NVCC, "-std=c++17", "-arch=sm_80", *defines, *sources, "-o", str(program)], check=True)
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    cause = r"[\w ]+ \(cudaError\w+\)"
+    wanted = [
+        r"doubled: launch of 3 x 1 x 1 blocks of 64 threads, 0 bytes of dynamic shared memory, clusters of 1 failed: "
+        + cause,
+        r"doubled: launch of 4 x 2 x 1 blocks of 128 threads, 102400 bytes .* clusters of 4 failed: " + cause,
+        r"the driver's cuTensorMapEncodeTiled: " + cause,
+        r"CUDA device 0: " + cause,
+        r"CUDA device 1000 is beyond the first 64",
+    ]
+    assert len(lines) == len(wanted)
+    for line, pattern in zip(lines, wanted, strict=True):
+        assert re.fullmatch("fastattn: " + pattern, line), line
+
+
+def test_architectures_follow_from_the_file_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    for name in ("norm", "attention_sm80", "attention_sm80_backward", "attention_sm90_forward"):
+        (folder / f"{name}.cu").touch()
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    rules = runpy.run_path(str(ROOT / "setup.py"))
+    rules["cuda_sources"].__globals__["ROOT"] = tmp_path
+
+    def compiled(archs: str) -> dict[str, str]:
+        monkeypatch.setenv("FASTATTN_CUDA_ARCHS", archs)
+        found = rules["cuda_sources"](rules["cuda_architectures"]())
+        return {source.stem: " ".join(own) for source, own in found.items()}
+
+    everywhere = {"attention_sm80": "80", "attention_sm80_backward": "80", "attention_sm90_forward": "90a"}
+    assert compiled("") == everywhere | {"norm": "80 90a"}
+    assert compiled("120;80,90")["attention_sm80"] == "80 120"
+    assert compiled("120;80,90")["norm"] == "80 90a 120"
+    assert set(compiled("86")) == {"norm", "attention_sm80", "attention_sm80_backward"}
+    assert compiled("90a") == dict.fromkeys(everywhere, "90a") | {"norm": "90a"}
+    with pytest.raises(SystemExit, match="75, hopper is not an architecture"):
+        compiled("75;80;hopper")
+    assert "code=compute_80" in rules["gencode"](["80", "90a"])
+    assert "code=compute" not in rules["gencode"](["90a"])
 
 
 def test_needs_neither_python_nor_cuda(build: tuple[Path, str]) -> None:

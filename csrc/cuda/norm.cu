@@ -1,47 +1,10 @@
-// The CUDA operators behind LibTorch's stable ABI: one object for CUDA and CPU builds of torch.
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
+// The norms' CUDA operators behind LibTorch's stable ABI.
 #include "cuda/norm.cuh"
+#include "cuda/operator.h"
 #include "ops/norm.h"
 
 namespace fastattn {
 namespace cuda {
-namespace {
-
-// libtorch_cuda.so exists in CUDA builds of torch only, so its stream accessor is looked up when first needed, not
-// linked.
-cudaStream_t current_stream(int32_t device) {
-  using Accessor = AOTITorchError (*)(int32_t, void**);
-  static const Accessor accessor = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Accessor>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  FASTATTN_CHECK(accessor != nullptr, "this build of torch has no CUDA");
-  void* stream = nullptr;
-  FASTATTN_CHECK(accessor(device, &stream) == 0, "torch gave no CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
-
-struct StreamLaunch {
-  cudaStream_t stream;
-  template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
-    const cudaError_t error = cudaGetLastError();
-    FASTATTN_CHECK(error == cudaSuccess, "norm: launch failed: ", cudaGetErrorString(error));
-  }
-};
-
-auto allocator(const Tensor& like) {
-  return [&like](std::initializer_list<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
-  };
-}
-
-}  // namespace
-
 NormResults norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                          const OptionalTensor& bias, double eps, bool rms, double dropout_p,
                          const OptionalTensor& rng_state) {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/common.cuh"
+#include "cuda/launch.cuh"
 
 namespace fastattn {
 namespace cuda {
@@ -252,7 +253,6 @@ inline int64_t norm_chunk_rows(int64_t rows, int64_t columns, int element_size) 
   return std::max<int64_t>((rows + groups - 1) / groups, 1);
 }
 
-// launch(kernel, blocks, threads, arguments...): <<<>>> in norm.cu, a loop over the blocks in the host test.
 template <class Launch>
 inline void launch_norm_forward(const NormForwardParams& p, Launch&& launch) {
   if (p.rows == 0 || p.columns == 0) return;
@@ -265,7 +265,7 @@ inline void launch_norm_forward(const NormForwardParams& p, Launch&& launch) {
     choose_group<4>((p.columns + kSize - 1) / kSize, [&](auto group) {
       using G = decltype(group);
       const int64_t blocks = std::min<int64_t>((p.rows + G::kInBlock - 1) / G::kInBlock, INT32_MAX);
-      launch(norm_forward_kernel<T, G>, blocks, G::kBlock, p, aligned);
+      launch("norm_forward", norm_forward_kernel<T, G>, LaunchConfig{blocks, G::kBlock}, p, aligned);
     });
   });
 }
@@ -285,17 +285,18 @@ inline void launch_norm_backward(const NormBackwardParams& p, Launch&& launch) {
     if (p.rows > 0) {
       choose_group<2>((p.columns + kSize - 1) / kSize, [&](auto group) {
         using G = decltype(group);
-        launch(norm_backward_kernel<T, G>, (chunks + G::kInBlock - 1) / G::kInBlock, G::kBlock, p, aligned);
+        const int64_t blocks = (chunks + G::kInBlock - 1) / G::kInBlock;
+        launch("norm_backward", norm_backward_kernel<T, G>, LaunchConfig{blocks, G::kBlock}, p, aligned);
       });
     }
     const auto reduce = [&](const void* partial, void* out) {
       if (out == nullptr) return;
-      const int64_t blocks = (p.columns + 31) / 32;
+      const LaunchConfig config{(p.columns + 31) / 32, 1024};
       const A* sums = static_cast<const A*>(partial);
       if (p.weight_dtype == kDTypeOf<T>) {
-        launch(norm_reduce_kernel<A, T>, blocks, 1024, sums, chunks, p.columns, static_cast<T*>(out));
+        launch("norm_reduce", norm_reduce_kernel<A, T>, config, sums, chunks, p.columns, static_cast<T*>(out));
       } else {
-        launch(norm_reduce_kernel<A, float>, blocks, 1024, sums, chunks, p.columns, static_cast<float*>(out));
+        launch("norm_reduce", norm_reduce_kernel<A, float>, config, sums, chunks, p.columns, static_cast<float*>(out));
       }
     };
     reduce(p.partial_dweight, p.dweight);

@@ -75,10 +75,10 @@ def _torch_facts() -> Facts:
 
 
 def _library_facts() -> Facts:
-    """Which of the shared objects this process loaded; an object that is missing or broken carries its reason."""
+    """Which of the shared objects this process loaded; one that is missing, broken or of no use here says why."""
     from fastattn.ops import _library
 
-    return {name: _library.load_errors.get(name, "loaded") for name in ("_C", "_cuda")}
+    return {"_C": _library.load_errors.get("_C", "loaded"), "_cuda": _library.cuda_state()}
 
 
 def _native_facts() -> Facts:

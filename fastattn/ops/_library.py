@@ -385,10 +385,10 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _text(function: str) -> str:
-    """A fact of the C++ core: one of its ``const char* f()``."""
-    assert _core is not None
-    symbol = getattr(_core, function)
+def _text(library: ctypes.CDLL | None, function: str) -> str:
+    """A fact of a compiled half: one of its ``const char* f()``."""
+    assert library is not None
+    symbol = getattr(library, function)
     symbol.restype = ctypes.c_char_p
     return symbol().decode()
 
@@ -403,15 +403,27 @@ for _op, _module in TRITON_OPS.items():
 _core = _load("_C")
 #: Which implementations this process can load.
 has_cpu = _core is not None
-has_cuda = _load("_cuda") is not None
+_cuda = _load("_cuda")
+has_cuda = _cuda is not None
 has_triton = _installed("triton")
 triton_interprets = os.environ.get("TRITON_INTERPRET") == "1"
 #: Whether `auto` takes the C++ kernels: their scalar form is only for checking.
-cpu_is_fast = has_cpu and (_text("fastattn_best_isa") != "scalar" or os.environ.get("FASTATTN_ISA") == "scalar")
-if has_cpu and _text("fastattn_isa_message").endswith("ignored"):
-    warnings.warn(_text("fastattn_isa_message"), stacklevel=2)
+cpu_is_fast = has_cpu and (_text(_core, "fastattn_best_isa") != "scalar" or os.environ.get("FASTATTN_ISA") == "scalar")
+if has_cpu and _text(_core, "fastattn_isa_message").endswith("ignored"):
+    warnings.warn(_text(_core, "fastattn_isa_message"), stacklevel=2)
 
 
 def current_isa() -> str | None:
     """The instruction set that the C++ core uses now, None without the core."""
-    return _text("fastattn_current_isa") if has_cpu else None
+    return _text(_core, "fastattn_current_isa") if has_cpu else None
+
+
+def cuda_state() -> str:
+    """What the CUDA extension was compiled for, and why this machine cannot run it where that is so."""
+    if not has_cuda:
+        return load_errors["_cuda"]
+    code = f"loaded, code for {_text(_cuda, 'fastattn_cuda_architectures').replace(';', ', ')}"
+    obstacle = _text(_cuda, "fastattn_cuda_obstacle")
+    if torch.version.cuda is None:
+        obstacle = f"this build of torch has no CUDA; {obstacle}".rstrip("; ")
+    return f"{code}; not usable here: {obstacle}" if obstacle else code

@@ -16,6 +16,8 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/launch.cuh"
+
 #define __device__
 #define __global__
 #define __shared__ static
@@ -142,8 +144,9 @@ inline void run(int64_t blocks, int threads, F body) {
 
 struct Launch {
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
-    run(blocks, threads, [&] { kernel(arguments...); });
+  void operator()(const char*, void (*kernel)(Parameters...), const fastattn::cuda::LaunchConfig& config,
+                  const Arguments&... arguments) const {
+    run(config.blocks_x, config.threads, [&] { kernel(arguments...); });
   }
 };
 

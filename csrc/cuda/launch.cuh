@@ -1,0 +1,83 @@
+// What a launch asks for, and how it is asked of the CUDA runtime. No torch.
+//
+// A kernel's `launch_*` function (<op>*.cuh) describes each launch by a LaunchConfig and calls launch(name, kernel,
+// config, arguments...). Here that is a StreamLaunch; in tests/cuda it is the host model of a thread block, which takes
+// the same call.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include <string>
+#include <utility>
+#endif
+
+namespace fastattn {
+namespace cuda {
+
+// `shared`: dynamic shared memory of a block in bytes. `cluster`: blocks, neighbours along x, that run at the same time
+// and read each other's shared memory (sm_90); blocks_x is a multiple of it.
+struct LaunchConfig {
+  int64_t blocks_x = 1;
+  int threads = 1;
+  int64_t shared = 0;
+  int64_t blocks_y = 1, blocks_z = 1;
+  int cluster = 1;
+};
+
+#if defined(__CUDACC__)
+
+// Throws std::runtime_error: kernel, configuration, CUDA's text and name of the error.
+[[noreturn]] void raise_launch_error(const char* kernel, const LaunchConfig& config, cudaError_t error);
+
+// A function of the driver, looked up at run time, so that nothing links to libcuda: the object loads where there is no
+// driver. `version` is the CUDA version whose form of the function is meant (12000 is 12.0). Throws where there is
+// none.
+void* driver_function(const char* name, unsigned version);
+
+// What a choice of kernel may depend on. `capability`: 80, 90, ...; `shared`: most dynamic shared memory of a block.
+struct DeviceFacts {
+  int capability, multiprocessors, shared;
+};
+const DeviceFacts& device_facts(int device);  // throws std::runtime_error
+
+struct StreamLaunch {
+  cudaStream_t stream;
+
+  template <class... Parameters, class... Arguments>
+  void operator()(const char* name, void (*kernel)(Parameters...), const LaunchConfig& config,
+                  Arguments&&... arguments) const {
+    // A kernel gets more than this only if it asks, and once asked it keeps the largest amount that was.
+    constexpr int64_t kUnasked = 48 << 10;
+    if (config.shared > kUnasked) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.shared));
+      if (error != cudaSuccess) raise_launch_error(name, config, error);
+    }
+    // Eight is what every device of sm_90 runs; more must be asked for.
+    if (config.cluster > 8) {
+      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error != cudaSuccess) raise_launch_error(name, config, error);
+    }
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+    cudaLaunchConfig_t request = {};
+    request.gridDim = dim3(static_cast<unsigned>(config.blocks_x), static_cast<unsigned>(config.blocks_y),
+                           static_cast<unsigned>(config.blocks_z));
+    request.blockDim = dim3(static_cast<unsigned>(config.threads));
+    request.dynamicSmemBytes = static_cast<size_t>(config.shared);
+    request.stream = stream;
+    request.attrs = &cluster;
+    request.numAttrs = config.cluster > 1 ? 1 : 0;
+    const cudaError_t error = cudaLaunchKernelEx(&request, kernel, std::forward<Arguments>(arguments)...);
+    if (error != cudaSuccess) raise_launch_error(name, config, error);
+  }
+};
+
+#endif
+
+}  // namespace cuda
+}  // namespace fastattn

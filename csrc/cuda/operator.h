@@ -1,0 +1,35 @@
+// What a CUDA operator needs of torch: its stream, and memory on a tensor's device.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "ops/tensor.h"
+
+namespace fastattn {
+namespace cuda {
+
+// libtorch_cuda.so exists in CUDA builds of torch only, so its stream accessor is looked up when first needed, not
+// linked: one object for CUDA and CPU builds.
+inline cudaStream_t current_stream(int32_t device) {
+  using Accessor = AOTITorchError (*)(int32_t, void**);
+  static const Accessor accessor = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Accessor>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  FASTATTN_CHECK(accessor != nullptr, "this build of torch has no CUDA");
+  void* stream = nullptr;
+  FASTATTN_CHECK(accessor(device, &stream) == 0, "torch gave no CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// allocate(shape, type): an empty tensor on the device of `like`, which outlives it.
+inline auto allocator(const Tensor& like) {
+  return [&like](std::initializer_list<int64_t> shape, ScalarType type) {
+    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+  };
+}
+
+}  // namespace cuda
+}  // namespace fastattn
