@@ -3,7 +3,7 @@
 //
 // Every CUDA thread of a block is a fiber. __syncthreads and the shuffles are barriers: a fiber that waits lets the
 // next one run. Blocks run one after another, so __shared__ is static memory. Warps are 32 wide; a warp's lanes must
-// shuffle together.
+// shuffle together. PTX instructions: host_ptx.h.
 #pragma once
 
 #include <ucontext.h>
@@ -18,6 +18,7 @@
 
 #include "cuda/launch.cuh"
 
+#define __host__
 #define __device__
 #define __global__
 #define __shared__ static
@@ -86,29 +87,83 @@ inline host_cuda::Index threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { host_cuda::wait(host_cuda::block_barrier); }
 
+inline void __syncwarp() { host_cuda::wait(host_cuda::warp_barriers[host_cuda::current / 32]); }
+
+namespace host_cuda {
+
+// What every lane of the warp gave as x, by lane: valid until the warp's next but one exchange.
 template <class T>
-inline T __shfl_xor_sync(unsigned, T x, int lane_mask) {
-  using namespace host_cuda;
+struct Given {
+  unsigned first;
+  int slot;
+  T operator[](unsigned lane) const {
+    T x;
+    std::memcpy(&x, &exchange[first + lane][slot], sizeof x);
+    return x;
+  }
+};
+
+template <class T>
+inline Given<T> give(T x) {
   const unsigned self = current;
   const int slot = fibers[self].shuffles++ % 2;
   std::memcpy(&exchange[self][slot], &x, sizeof x);
-  wait(warp_barriers[self / 32]);
-  std::memcpy(&x, &exchange[self ^ static_cast<unsigned>(lane_mask)][slot], sizeof x);
-  return x;
+  __syncwarp();
+  return {self / 32 * 32, slot};
+}
+
+}  // namespace host_cuda
+
+template <class T>
+inline T __shfl_xor_sync(unsigned, T x, int lane_mask) {
+  return host_cuda::give(x)[host_cuda::current % 32 ^ static_cast<unsigned>(lane_mask)];
+}
+
+template <class T>
+inline T __shfl_sync(unsigned, T x, int lane) {
+  return host_cuda::give(x)[static_cast<unsigned>(lane) % 32];
+}
+
+inline unsigned __ballot_sync(unsigned, bool x) {
+  const auto given = host_cuda::give(x);
+  unsigned lanes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) lanes |= static_cast<unsigned>(given[lane]) << lane;
+  return lanes;
 }
 
 namespace host_cuda {
 
-// Runs kernel(arguments...) on `blocks` blocks of `threads`. Aborts if the threads of a block wait for each other
-// forever.
+// The dynamic shared memory of the block that runs, and bytes beyond it that no kernel may touch.
+inline std::vector<char> dynamic_memory;
+constexpr size_t kGuardBytes = 4096;
+constexpr char kUntouched = static_cast<char>(0xff);  // as any floating-point type: NaN
+inline int64_t blocks_run = 0;
+
+inline char* dynamic_start() {
+  char* data = dynamic_memory.data();
+  return data + (1024 - reinterpret_cast<uintptr_t>(data) % 1024) % 1024;
+}
+
+inline void check_guard(int64_t shared) {
+  for (size_t i = 0; i < kGuardBytes; ++i) {
+    if (dynamic_start()[shared + static_cast<int64_t>(i)] == kUntouched) continue;
+    std::fprintf(stderr, "a kernel wrote past its %lld bytes of shared memory\n", static_cast<long long>(shared));
+    std::abort();
+  }
+}
+
+// Runs kernel(arguments...) on `blocks` blocks of `threads` with `shared` bytes of dynamic shared memory, NaN at first.
+// Aborts if the threads of a block wait for each other forever.
 template <class F>
-inline void run(int64_t blocks, int threads, F body) {
+inline void run(int64_t blocks, int threads, int64_t shared, F body) {
   entry = [](void* f) { (*static_cast<F*>(f))(); };
   entry_argument = &body;
   if (fibers.size() < static_cast<size_t>(threads)) fibers.resize(threads);
   gridDim.x = static_cast<unsigned>(blocks), blockDim.x = static_cast<unsigned>(threads);
   for (int64_t block = 0; block < blocks; ++block) {
     blockIdx.x = static_cast<unsigned>(block);
+    dynamic_memory.assign(static_cast<size_t>(shared) + 1024 + kGuardBytes, kUntouched);
+    ++blocks_run;
     block_barrier = {threads};
     warp_barriers.assign(threads / 32, Barrier{32});
     for (int t = 0; t < threads; ++t) {
@@ -139,6 +194,7 @@ inline void run(int64_t blocks, int threads, F body) {
         std::abort();
       }
     }
+    check_guard(shared);
   }
 }
 
@@ -146,7 +202,7 @@ struct Launch {
   template <class... Parameters, class... Arguments>
   void operator()(const char*, void (*kernel)(Parameters...), const fastattn::cuda::LaunchConfig& config,
                   const Arguments&... arguments) const {
-    run(config.blocks_x, config.threads, [&] { kernel(arguments...); });
+    run(config.blocks_x, config.threads, config.shared, [&] { kernel(arguments...); });
   }
 };
 

@@ -7,10 +7,7 @@ coalescing, registers, real concurrency) is not tested here.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +16,9 @@ from torch import Tensor
 from fastattn.reference.norm import norm_rows
 from fastattn.reference.philox import matrix_dropout
 from fastattn.reference.precision import accumulation_dtype
+from tests.cuda.host import compiled
 from tests.tolerance import assert_accurate
 
-ROOT = Path(__file__).resolve().parents[2]
 RNG_STATE = torch.tensor([0x0123456789ABCDEF, 77])
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -68,14 +65,7 @@ class Backward(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("cuda") / "norm_host.so"
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-    command += [f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "cuda" / "norm_host.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = compiled("norm_host.cpp", tmp_path_factory.mktemp("cuda"))
     loaded.norm_chunk_rows.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     loaded.norm_chunk_rows.restype = ctypes.c_int64
     yield loaded
