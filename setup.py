@@ -93,6 +93,13 @@ def gencode(archs: list[str]) -> str:
     return " ".join(options)
 
 
+def cuda_flags(cxx: str, torch_dir: Path, archs: list[str]) -> list[str]:
+    flags = [f"-ccbin {cxx.split()[0]} -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden", STABLE_ABI]
+    flags += [f"-I{ROOT / 'csrc'}", f"-isystem {torch_dir / 'include'}"]
+    flags.append(f"'-DFASTATTN_CUDA_ARCHS=\"{';'.join(archs)}\"'")
+    return flags + (["-DFASTATTN_CUDA_SM90"] if "90a" in archs else [])
+
+
 @dataclass(frozen=True)
 class SharedObject:
     """``sources`` with the flags that each is compiled with beyond the common ones."""
@@ -176,21 +183,13 @@ class NinjaBuild(build_ext):
         if nvcc is None:
             raise OSError("nvcc was not found")
         archs = cuda_architectures()
-        flags = [f"-ccbin {cxx.split()[0]} -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden", STABLE_ABI]
-        flags += [
-            f"-I{ROOT / 'csrc'}",
-            f"-isystem {torch_dir / 'include'}",
-            f"'-DFASTATTN_CUDA_ARCHS=\"{';'.join(archs)}\"'",
-        ]
-        if "90a" in archs:
-            flags.append("-DFASTATTN_CUDA_SM90")
         sources = {source: gencode(own) for source, own in cuda_sources(archs).items()}
         sources[ROOT / "csrc" / "ops" / "tensor.cpp"] = ""
         link = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10 -ldl"
         # The runtime is linked in: the object loads where no CUDA is installed, and says so when it is called.
         self.ninja(
             "cuda",
-            f"{nvcc} {' '.join(flags)}",
+            f"{nvcc} {' '.join(cuda_flags(cxx, torch_dir, archs))}",
             [SharedObject("_cuda.so", sources, f"{nvcc} -shared -cudart static", link)],
         )
 

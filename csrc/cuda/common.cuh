@@ -42,6 +42,15 @@ inline void narrow(A x, T* out) {
 }
 #endif
 
+// A kernel's dynamic shared memory, left in its PTX as a comment (no instruction) where tests/cuda/compiled.py holds it
+// against what the device has.
+template <int kBytes>
+__device__ inline void note_dynamic_shared() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("// dynamic shared memory: %0 bytes" ::"n"(kBytes));
+#endif
+}
+
 // 16 bytes of a row: what one memory instruction moves.
 template <class T>
 struct alignas(16) Packed {

@@ -1,4 +1,4 @@
-"""Writes docs/kernels.md: what the compiler makes of every shipped configuration.
+"""Writes Triton's part of docs/kernels.md: what the compiler makes of every shipped configuration.
 
 python tests/triton/kernel_table.py                    compiles everything on two processes, about half an hour
 python tests/triton/kernel_table.py --rows FILE...     from rows that compiled_report.py printed before
@@ -19,13 +19,16 @@ from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[2]
 PAGE = _ROOT / "docs" / "kernels.md"
+#: What follows is tests/cuda/compiled.py's.
+_CUDA_TITLE = "# What nvcc makes of the CUDA kernels\n"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 Row = dict[str, Any]
 
 _HEAD = """# What the compiler makes of every configuration
 
-Made by `python tests/triton/kernel_table.py` with Triton {triton}, ahead of time, without a GPU: registers per thread, shared
-memory of a program and tensor-core instructions are the compiler's; no time is claimed. A cell reads
+The CUDA kernels are further down. This part was made by `python tests/triton/kernel_table.py` with Triton {triton}, ahead of time,
+without a GPU: registers per thread, shared memory of a program and tensor-core instructions are the compiler's; no time is
+claimed. A cell reads
 
     tile, warps (w), stages (s) | registers | shared memory in KiB | tensor-core instructions [TMA loads]
 
@@ -86,7 +89,7 @@ def table(rows: Iterable[Row], triton: str, earlier: str = "") -> str:
 def configurations(page: str) -> dict[tuple[str, str, str, str], str]:
     """{(family, case, kernel, architecture): configuration} of a page that ``table`` wrote."""
     found, family = {}, ""
-    for line in page.splitlines():
+    for line in page.partition(_CUDA_TITLE)[0].splitlines():
         if line.startswith("## "):
             family = line[3:]
         elif line.startswith("| ") and not line.startswith(("| case", "| ---")):
@@ -127,8 +130,10 @@ def main(argv: list[str]) -> int:
     else:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             rows = [row for found in pool.map(lambda arch: report(arch, *args.family), ARCHITECTURES) for row in found]
-    earlier = PAGE.read_text() if PAGE.exists() and (args.family or args.rows) else ""
-    PAGE.write_text(table(filter(listed, rows), importlib.metadata.version("triton"), earlier))
+    earlier, title, cuda = PAGE.read_text().partition(_CUDA_TITLE) if PAGE.exists() else ("", "", "")
+    kept = earlier if args.family or args.rows else ""
+    own = table(filter(listed, rows), importlib.metadata.version("triton"), kept)
+    PAGE.write_text(f"{own}\n{title}{cuda}" if title else own)
     for row in rows:
         for fault in row["wrong"]:
             print(f"{row['arch']} {row['case']} {row['name']}: {fault}")
