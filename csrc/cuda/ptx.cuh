@@ -1,5 +1,5 @@
 // PTX instructions as functions. On a host compiler tests/cuda/host_ptx.h has the same functions over the host model of
-// a block.
+// a block (sm_90a: host_ptx_sm90.h).
 //
 // Fragments (PTX ISA, "Matrix fragments for mma.m16n8k16"): with lane = 4 g + t, a[i] holds row g + 8 (i % 2), columns
 // 2 t + 8 (i / 2) and the next; b[i] rows 2 t + 8 i and the next of column g; d[e] row g + 8 (e / 2), column
@@ -13,7 +13,7 @@
 namespace fastattn {
 namespace cuda {
 
-// The dynamic shared memory of a block.
+// The dynamic shared memory of a block, at a multiple of 1024 bytes, as TMA's 128-byte swizzle asks.
 __device__ inline char* dynamic_shared() {
   extern __shared__ __align__(1024) char memory[];
   return memory;
@@ -74,6 +74,125 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+}
+
+// A barrier of `threads` threads of the block, whole warps; id 0 is __syncthreads's.
+__device__ inline void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What follows is of sm_90a.
+
+// Registers of each thread of the warpgroup from here on; all its warps call.
+template <int kRegisters>
+__device__ inline void set_max_registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void set_max_registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// A phase of an mbarrier ends when `count` arrivals have come and all bytes that were announced.
+__device__ inline void mbarrier_init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+// Makes initialized barriers visible to TMA and to the cluster; __syncthreads to the block.
+__device__ inline void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+// Until the phase of that parity has ended. A fresh barrier is in phase 0; waiting for parity 1 passes at once.
+__device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
+          "r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// The driver's CUtensorMap, made by make_tensor_map (tensor_map.h).
+struct alignas(64) TensorMap {
+  char opaque[128];
+};
+
+// One thread: the box of a matrix whose first element is (row, column), in 128-byte rows swizzled by their number mod
+// 8, zero outside the matrix; counts its bytes on `barrier`.
+__device__ inline void tma_load_2d(void* to, const TensorMap& map, uint64_t* barrier, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+
+// A matrix operand of wgmma in shared memory, in 128-byte swizzled rows: K-major (rows along K) with `stride` bytes
+// from one group of 8 rows to the next, or MN-major (rows across K) with `stride` from 8 terms to the next 8 and
+// `leading` from 64 lines to the next 64.
+__device__ inline uint64_t wgmma_descriptor(const void* p, int leading, int stride) {
+  return static_cast<uint64_t>((shared_address(p) & 0x3FFFF) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+         static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(1) << 62;
+}
+
+// Before the first wgmma that uses registers which other code wrote.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// All but the last kPending groups are done: their registers are valid, what they read may be overwritten.
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#define FASTATTN_REGISTERS_0                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTATTN_REGISTERS_64                                                                    \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FASTATTN_SUMS_8(i)                                                                                    \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define FASTATTN_SUMS_64(i)                                                                     \
+  FASTATTN_SUMS_8(i), FASTATTN_SUMS_8(i + 8), FASTATTN_SUMS_8(i + 16), FASTATTN_SUMS_8(i + 24), \
+      FASTATTN_SUMS_8(i + 32), FASTATTN_SUMS_8(i + 40), FASTATTN_SUMS_8(i + 48), FASTATTN_SUMS_8(i + 56)
+
+// d (64 x N, a warpgroup's) += a b in T, both in shared memory, MN-major if across. Lane l of warp w holds row
+// 16 w + l / 4 + 8 (e / 2) and column 8 j + 2 (l % 4) + e % 2 in d[4 j + e].
+template <class T, bool kAcrossA, bool kAcrossB>
+__device__ inline void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
+#define FASTATTN_WGMMA_N128(type)                                                                     \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" FASTATTN_REGISTERS_0 \
+               "}, %64, %65, 1, 1, 1, %66, %67;"                                                      \
+               : FASTATTN_SUMS_64(0)                                                                  \
+               : "l"(a), "l"(b), "n"(static_cast<int>(kAcrossA)), "n"(static_cast<int>(kAcrossB)))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    FASTATTN_WGMMA_N128("bf16");
+  } else {
+    FASTATTN_WGMMA_N128("f16");
+  }
+#undef FASTATTN_WGMMA_N128
+}
+template <class T, bool kAcrossA, bool kAcrossB>
+__device__ inline void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
+#define FASTATTN_WGMMA_N256(type)                                                                     \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" FASTATTN_REGISTERS_0 \
+               ", " FASTATTN_REGISTERS_64 "}, %128, %129, 1, 1, 1, %130, %131;"                       \
+               : FASTATTN_SUMS_64(0), FASTATTN_SUMS_64(64)                                            \
+               : "l"(a), "l"(b), "n"(static_cast<int>(kAcrossA)), "n"(static_cast<int>(kAcrossB)))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    FASTATTN_WGMMA_N256("bf16");
+  } else {
+    FASTATTN_WGMMA_N256("f16");
+  }
+#undef FASTATTN_WGMMA_N256
 }
 
 }  // namespace cuda

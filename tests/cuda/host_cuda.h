@@ -19,6 +19,7 @@
 #include "cuda/launch.cuh"
 
 #define __host__
+#define __grid_constant__
 #define __device__
 #define __global__
 #define __shared__ static
@@ -53,6 +54,7 @@ inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
 inline uint64_t exchange[1024][2];  // by thread; two slots in turn, so that a fast lane cannot overwrite what a slow
                                     // one has to read
+inline int64_t progress = 0;        // counts what may let a fiber that waits go on
 inline void (*entry)(void*);
 inline void* entry_argument;
 
@@ -60,7 +62,7 @@ inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 
 inline void release(Barrier& barrier) {
   barrier.arrived = 0;
-  ++barrier.generation;
+  ++barrier.generation, ++progress;
 }
 
 inline void wait(Barrier& barrier) {
@@ -175,21 +177,14 @@ inline void run(int64_t blocks, int threads, int64_t shared, F body) {
       makecontext(&fiber.context, fiber_main, 0);
     }
     for (int running = threads; running > 0;) {
-      const int64_t before = block_barrier.generation;
-      int64_t progress = 0;
+      const int64_t before = progress;
       for (int t = 0; t < threads; ++t) {
         if (fibers[t].done) continue;
         current = threadIdx.x = static_cast<unsigned>(t);
         swapcontext(&scheduler, &fibers[t].context);
         if (fibers[t].done) --running, ++progress;
       }
-      static std::vector<int64_t> seen;
-      seen.resize(warp_barriers.size());
-      for (size_t w = 0; w < seen.size(); ++w) {
-        progress += seen[w] != warp_barriers[w].generation;
-        seen[w] = warp_barriers[w].generation;
-      }
-      if (running > 0 && progress == 0 && block_barrier.generation == before) {
+      if (running > 0 && progress == before) {
         std::fprintf(stderr, "deadlock in block %lld\n", static_cast<long long>(block));
         std::abort();
       }
