@@ -103,9 +103,10 @@ __device__ inline void load_widened(const W* values, int i, int n, bool aligned,
 }
 
 // x[v] becomes its sum over the kThreads threads of a row, in every one of them and in the same order. kThreads is 32
-// (a warp to a row), or the whole block: then every thread of the block must call.
+// (a warp to a row), or the whole block: then every thread of the block must call, with kValues * kThreads / 32 values
+// of shared memory as `scratch`.
 template <int kThreads, int kValues, class A>
-__device__ inline void row_sum(A (&x)[kValues]) {
+__device__ inline void row_sum(A (&x)[kValues], A* scratch) {
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
 #pragma unroll
@@ -113,17 +114,16 @@ __device__ inline void row_sum(A (&x)[kValues]) {
   }
   if constexpr (kThreads > 32) {
     constexpr int kWarps = kThreads / 32;
-    __shared__ A warp_sum[kValues][kWarps];
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
-      for (int v = 0; v < kValues; ++v) warp_sum[v][threadIdx.x / 32] = x[v];
+      for (int v = 0; v < kValues; ++v) scratch[v * kWarps + threadIdx.x / 32] = x[v];
     }
     __syncthreads();
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
       x[v] = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) x[v] += warp_sum[v][w];
+      for (int w = 0; w < kWarps; ++w) x[v] += scratch[v * kWarps + w];
     }
     __syncthreads();
   }

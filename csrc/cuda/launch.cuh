@@ -18,13 +18,15 @@ namespace fastattn {
 namespace cuda {
 
 // `shared`: dynamic shared memory of a block in bytes. `cluster`: blocks, neighbours along x, that run at the same time
-// and read each other's shared memory (sm_90); blocks_x is a multiple of it.
+// and read each other's shared memory (sm_90); blocks_x is a multiple of it. `overlapped`: may start before the kernel
+// launched before it has ended, for whose results it waits itself (sm_90; wait_for_previous_grid in ptx.cuh).
 struct LaunchConfig {
   int64_t blocks_x = 1;
   int threads = 1;
   int64_t shared = 0;
   int64_t blocks_y = 1, blocks_z = 1;
   int cluster = 1;
+  bool overlapped = false;
 };
 
 #if defined(__CUDACC__)
@@ -61,17 +63,24 @@ struct StreamLaunch {
       const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
       if (error != cudaSuccess) raise_launch_error(name, config, error);
     }
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned asked = 0;
+    if (config.cluster > 1) {
+      attributes[asked].id = cudaLaunchAttributeClusterDimension;
+      attributes[asked++].val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+    }
+    if (config.overlapped) {
+      attributes[asked].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[asked++].val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t request = {};
     request.gridDim = dim3(static_cast<unsigned>(config.blocks_x), static_cast<unsigned>(config.blocks_y),
                            static_cast<unsigned>(config.blocks_z));
     request.blockDim = dim3(static_cast<unsigned>(config.threads));
     request.dynamicSmemBytes = static_cast<size_t>(config.shared);
     request.stream = stream;
-    request.attrs = &cluster;
-    request.numAttrs = config.cluster > 1 ? 1 : 0;
+    request.attrs = attributes;
+    request.numAttrs = asked;
     const cudaError_t error = cudaLaunchKernelEx(&request, kernel, std::forward<Arguments>(arguments)...);
     if (error != cudaSuccess) raise_launch_error(name, config, error);
   }

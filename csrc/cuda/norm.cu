@@ -1,19 +1,39 @@
 // The norms' CUDA operators behind LibTorch's stable ABI.
-#include "cuda/norm.cuh"
+#include "cuda/norm_sm90.h"
 #include "cuda/operator.h"
 #include "ops/norm.h"
 
 namespace fastattn {
 namespace cuda {
+namespace {
+
+// Blocks of a cluster to a row on this device, 0 where a block takes it.
+int cluster_for(int device, int64_t columns, const Tensor& rows, int vectors) {
+#if defined(FASTATTN_CUDA_SM90)
+  if (device_facts(device).capability == 90) {
+    return norm_cluster(columns, static_cast<int>(rows.element_size()), vectors);
+  }
+#endif
+  return 0;
+}
+
+}  // namespace
+
 NormResults norm_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                          const OptionalTensor& bias, double eps, bool rms, double dropout_p,
                          const OptionalTensor& rng_state) {
   FASTATTN_CHECK(x.is_cuda(), "norm: x is not on a CUDA device");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   NormForwardParams p;
   const NormResults results =
       prepare_norm_forward(x, residual, weight, bias, eps, rms, make_dropout(dropout_p, rng_state), &p, allocator(x));
-  launch_norm_forward(p, StreamLaunch{current_stream(x.get_device_index())});
+  const StreamLaunch launch{current_stream(device)};
+  if (const int blocks = cluster_for(device, p.columns, x, kForwardVectors)) {
+    norm_forward_in_clusters(p, blocks, launch);
+  } else {
+    launch_norm_forward(p, launch);
+  }
   return results;
 }
 
@@ -21,13 +41,20 @@ NormResults norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tens
                           const Tensor& mean, const Tensor& rstd, bool rms, double dropout_p,
                           const OptionalTensor& rng_state, bool weight_grad, bool bias_grad) {
   FASTATTN_CHECK(h.is_cuda(), "norm: h is not on a CUDA device");
-  const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
+  const int32_t device = h.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   NormBackwardParams p;
   std::tuple<Tensor, Tensor> partials;
   const NormResults results =
       prepare_norm_backward(dy, dh, h, weight, mean, rstd, rms, make_dropout(dropout_p, rng_state), weight_grad,
                             bias_grad, &p, &partials, allocator(h), norm_chunk_rows);
-  launch_norm_backward(p, StreamLaunch{current_stream(h.get_device_index())});
+  const StreamLaunch launch{current_stream(device)};
+  if (const int blocks = cluster_for(device, p.columns, h, kBackwardVectors)) {
+    norm_backward_in_clusters(p, blocks, launch);
+  } else {
+    launch_norm_backward(p, launch);
+  }
+  launch_norm_reduce(p, device_facts(device).capability == 90, launch);
   return results;
 }
 

@@ -1,25 +1,40 @@
 // Layer and RMS normalization on CUDA: the kernels and how they are launched. Formulas in cpu/norm-inl.h, contract in
 // cpu/params.h.
 //
-// Rows have fewer than 2^31 - 2^16 columns. A row belongs to a group of threads: a warp (four rows to a block) or a
-// block. Thread t holds the 16-byte vectors t, t + kThreads, ... of it in registers (Group::kVectors of them), so that
-// memory is read once; rows too long for that are read again per pass (from L2, mostly). Every sum has a fixed order:
-// results do not depend on the run.
+// Rows have fewer than 2^31 - 2^16 columns. A row belongs to a group of threads: a warp (four rows to a block), a
+// block, or on sm_90 a cluster of blocks. Thread t holds the 16-byte vectors t, t + threads, ... of it in registers
+// (Group::kVectors of them), so that memory is read once; rows too long for that are read again per pass (from L2,
+// mostly). Every sum has a fixed order: results do not depend on the run.
+//
+//   a row's bytes, forward    up to 2 KiB   8 KiB   32 KiB   256 KiB (sm_90)   beyond
+//                 backward          1       4       16       128
+//   group                     32 threads    128     512      2, 4 or 8 x 512   512, rows not kept
+//
+// The weight gradients are summed per chunk of rows in registers, and over the chunks by a second kernel, which on
+// sm_90 starts while the first runs out. (The last block of the first could do it alone, but one multiprocessor reads
+// the 256 chunks' sums for longer than a launch takes, and its counter of blocks would have to be set to zero by a
+// launch too.)
 #pragma once
 
 #include "cuda/common.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
 
 namespace fastattn {
 namespace cuda {
 
-// kVectors == 0: any number, not kept.
-template <int kThreadsInGroup, int kVectorsInThread>
+// kVectors == 0: any number, not kept. kClustered: kThreads of every block of a cluster.
+template <int kThreadsInGroup, int kVectorsInThread, bool kOfCluster = false>
 struct Group {
   static constexpr int kThreads = kThreadsInGroup, kVectors = kVectorsInThread;
+  static constexpr bool kClustered = kOfCluster;
   static constexpr int kBlock = kThreads < 128 ? 128 : kThreads, kInBlock = kBlock / kThreads;
   static constexpr int kKept = kVectors > 0 ? kVectors : 1;
+  // Values of shared memory: two sums of each warp, two of the block for the cluster, twice.
+  static constexpr int kWarpSums = kThreads > 32 ? 2 * kThreads / 32 : 0, kShared = kWarpSums + (kClustered ? 4 : 0);
 };
+
+constexpr int kForwardVectors = 4, kBackwardVectors = 2, kMostThreads = 512;
 
 // f(Group) for rows of `vectors` 16-byte vectors, the fewest threads that hold them.
 template <int kVectors, class F>
@@ -28,12 +43,83 @@ inline void choose_group(int64_t vectors, F&& f) {
     f(Group<32, kVectors>{});
   } else if (vectors <= 128 * kVectors) {
     f(Group<128, kVectors>{});
-  } else if (vectors <= 512 * kVectors) {
-    f(Group<512, kVectors>{});
+  } else if (vectors <= kMostThreads * kVectors) {
+    f(Group<kMostThreads, kVectors>{});
   } else {
-    f(Group<512, 0>{});
+    f(Group<kMostThreads, 0>{});
   }
 }
+
+// Blocks of the smallest cluster that holds such a row and that one block does not; 0 if there is none.
+inline int norm_cluster(int64_t columns, int element_size, int vectors) {
+  const int64_t row = (columns * element_size + 15) / 16, block = kMostThreads * vectors;
+  if (row <= block) return 0;
+  for (int blocks : {2, 4, 8}) {
+    if (row <= blocks * block) return blocks;
+  }
+  return 0;
+}
+
+// The thread among those of its row, and the row's group among those of the grid.
+template <class G>
+struct Place {
+  int thread, threads;
+  int64_t group, groups;
+};
+
+template <class G>
+__device__ inline Place<G> place_of_thread() {
+  if constexpr (G::kClustered) {
+    const int rank = cluster_rank(), blocks = cluster_blocks();
+    return {rank * G::kThreads + static_cast<int>(threadIdx.x), blocks * G::kThreads, blockIdx.x / blocks,
+            gridDim.x / blocks};
+  } else {
+    return {static_cast<int>(threadIdx.x) % G::kThreads, G::kThreads,
+            static_cast<int64_t>(blockIdx.x) * G::kInBlock + threadIdx.x / G::kThreads,
+            static_cast<int64_t>(gridDim.x) * G::kInBlock};
+  }
+}
+
+// Sums over the threads of a row, each in every thread and in the same order.
+template <class G, class A>
+class GroupSum {
+ public:
+  __device__ GroupSum() : scratch_(reinterpret_cast<A*>(dynamic_shared())) {
+    note_dynamic_shared<G::kShared* static_cast<int>(sizeof(A))>();
+  }
+
+  // The blocks of a cluster read each other's sums. What they read stays until the next but one sum, which no block
+  // begins before all have come to the next: two places suffice.
+  template <int kValues>
+  __device__ void operator()(A (&x)[kValues]) {
+    static_assert(kValues <= 2, "Group::kShared");
+    row_sum<G::kThreads>(x, scratch_);
+    if constexpr (G::kClustered) {
+      A* own = scratch_ + G::kWarpSums + 2 * turn_;
+      turn_ ^= 1;
+      if (threadIdx.x == 0) {
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) own[v] = x[v];
+      }
+      cluster_sync();
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) x[v] = 0;
+      for (int rank = 0; rank < cluster_blocks(); ++rank) {
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) x[v] += cluster_load(own + v, rank);
+      }
+    }
+  }
+
+  // Before a block ends: others may still read its shared memory.
+  __device__ void leave() const {
+    if constexpr (G::kClustered) cluster_sync();
+  }
+
+ private:
+  A* scratch_;
+  int turn_ = 0;
+};
 
 template <class T>
 constexpr DType kDTypeOf = std::is_same_v<T, float>    ? DType::kFloat32
@@ -59,10 +145,11 @@ template <class T, class G>
 __global__ void __launch_bounds__(G::kBlock, 1) norm_forward_kernel(NormForwardParams p, bool aligned) {
   using A = Acc<T>;
   constexpr int kSize = Packed<T>::kSize;
-  const int n = static_cast<int>(p.columns), step = G::kThreads * kSize, first = threadIdx.x % G::kThreads * kSize;
+  const Place<G> place = place_of_thread<G>();
+  const int n = static_cast<int>(p.columns), step = place.threads * kSize, first = place.thread * kSize;
   const int passes = G::kVectors > 0 ? G::kVectors : (n + step - 1) / step;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * G::kInBlock + threadIdx.x / G::kThreads;
-  for (; row < p.rows; row += static_cast<int64_t>(gridDim.x) * G::kInBlock) {
+  GroupSum<G, A> group_sum;
+  for (int64_t row = place.group; row < p.rows; row += place.groups) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     T* h = p.h != nullptr ? static_cast<T*>(p.h) + row * n : nullptr;
     Packed<T> kept[G::kKept];
@@ -92,7 +179,7 @@ __global__ void __launch_bounds__(G::kBlock, 1) norm_forward_kernel(NormForwardP
     const T* source = h != nullptr ? h : x;
     A mean = 0;
     if (!p.rms) {
-      row_sum<G::kThreads>(sum);
+      group_sum(sum);
       mean = sum[0] / static_cast<A>(n);
     }
     // The deviations would add up to zero for an exact mean: they correct it.
@@ -108,7 +195,7 @@ __global__ void __launch_bounds__(G::kBlock, 1) norm_forward_kernel(NormForwardP
         deviations[1] += d * d;
       }
     }
-    row_sum<G::kThreads>(deviations);
+    group_sum(deviations);
     const A error = p.rms ? A(0) : deviations[0] / static_cast<A>(n);
     mean += error;
     const A variance = deviations[1] / static_cast<A>(n) - error * error;
@@ -132,6 +219,7 @@ __global__ void __launch_bounds__(G::kBlock, 1) norm_forward_kernel(NormForwardP
       store_packed(value, y, i, n, aligned);
     }
   }
+  group_sum.leave();
 }
 
 template <int kSize, class A>
@@ -151,10 +239,12 @@ __global__ void __launch_bounds__(G::kBlock, 1) norm_backward_kernel(NormBackwar
   // 512 threads have 128 registers each: the sums of two vectors, but not the rows too, which the first cache still
   // has.
   constexpr bool kKeeps = G::kVectors > 0 && G::kThreads < 512;
-  const int n = static_cast<int>(p.columns), step = G::kThreads * kSize, first = threadIdx.x % G::kThreads * kSize;
+  let_next_grid_start();
+  const Place<G> place = place_of_thread<G>();
+  const int n = static_cast<int>(p.columns), step = place.threads * kSize, first = place.thread * kSize;
   const int passes = G::kVectors > 0 ? G::kVectors : (n + step - 1) / step;
-  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * G::kInBlock + threadIdx.x / G::kThreads;
-  const int64_t row_begin = chunk * p.chunk_rows;
+  GroupSum<G, A> group_sum;
+  const int64_t chunk = place.group, row_begin = chunk * p.chunk_rows;
   const int64_t row_end = row_begin + p.chunk_rows < p.rows ? row_begin + p.chunk_rows : p.rows;
   if (row_begin >= p.rows) return;
   A* dweight = p.partial_dweight != nullptr ? static_cast<A*>(p.partial_dweight) + chunk * n : nullptr;
@@ -180,7 +270,7 @@ __global__ void __launch_bounds__(G::kBlock, 1) norm_backward_kernel(NormBackwar
         sum[1] += g * (widen(value.value[e]) - mean);
       }
     }
-    row_sum<G::kThreads>(sum);
+    group_sum(sum);
     const A c1 = p.rms ? A(0) : sum[0] / static_cast<A>(n), c2 = sum[1] * rstd / static_cast<A>(n);
 #pragma unroll
     for (int k = 0; k < passes; ++k) {
@@ -224,83 +314,139 @@ __global__ void __launch_bounds__(G::kBlock, 1) norm_backward_kernel(NormBackwar
       if (dbias != nullptr) store_sums<kSize>(bias_sum[k], dbias, first + k * step, n);
     }
   }
+  group_sum.leave();
 }
 
 // out[column] = Σ_chunks partial[chunk][column]: 32 threads to a column, each every 32nd chunk, then those 32 sums in
-// order.
+// order. The blocks of the second result, if there is one, follow those of the first.
 template <class A, class W>
-__global__ void __launch_bounds__(1024) norm_reduce_kernel(const A* partial, int64_t chunks, int64_t n, W* out) {
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
+__global__ void __launch_bounds__(1024)
+    norm_reduce_kernel(const A* first, const A* second, int64_t chunks, int64_t n, W* first_out, W* second_out) {
+  const int64_t blocks = (n + 31) / 32;
+  const bool of_first = blockIdx.x < blocks;
+  const A* partial = of_first ? first : second;
+  const int64_t column = (of_first ? blockIdx.x : blockIdx.x - blocks) * 32 + threadIdx.x % 32;
   const int part = threadIdx.x / 32;
   __shared__ A part_sum[32][33];
   A sum = 0;
+  wait_for_previous_grid();
   for (int64_t chunk = part; chunk < chunks && column < n; chunk += 32) sum += partial[chunk * n + column];
   part_sum[part][threadIdx.x % 32] = sum;
   __syncthreads();
   if (part == 0 && column < n) {
     for (int other = 1; other < 32; ++other) sum += part_sum[other][threadIdx.x];
-    narrow(sum, out + column);
+    narrow(sum, (of_first ? first_out : second_out) + column);
   }
 }
 
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Whether 16-byte accesses are possible throughout.
+inline bool is_aligned(const NormForwardParams& p, int64_t size) {
+  return p.columns % size == 0 && p.x_stride % size == 0 && p.residual_stride % size == 0 && is_aligned(p.x) &&
+         is_aligned(p.residual) && is_aligned(p.weight) && is_aligned(p.bias) && is_aligned(p.y) && is_aligned(p.h);
+}
+inline bool is_aligned(const NormBackwardParams& p, int64_t size) {
+  return p.columns % size == 0 && p.dy_stride % size == 0 && p.dh_stride % size == 0 && p.h_stride % size == 0 &&
+         is_aligned(p.dy) && is_aligned(p.dh) && is_aligned(p.h) && is_aligned(p.weight) && is_aligned(p.dh_total) &&
+         is_aligned(p.dx);
+}
+
 // Rows of a chunk, a function of the shape alone: 256 blocks' worth of groups, which fill the largest device and leave
 // few partial sums.
 inline int64_t norm_chunk_rows(int64_t rows, int64_t columns, int element_size) {
   int64_t groups = 256;
-  choose_group<2>((columns * element_size + 15) / 16, [&](auto group) { groups *= decltype(group)::kInBlock; });
+  choose_group<kBackwardVectors>((columns * element_size + 15) / 16,
+                                 [&](auto group) { groups *= decltype(group)::kInBlock; });
   return std::max<int64_t>((rows + groups - 1) / groups, 1);
 }
 
+// `groups` of G, each of `cluster` blocks if G is clustered.
+template <class G, class A>
+inline LaunchConfig norm_config(int64_t groups, int cluster = 1) {
+  LaunchConfig config;
+  config.blocks_x = std::min<int64_t>((groups + G::kInBlock - 1) / G::kInBlock, INT32_MAX / 8) * cluster;
+  config.threads = G::kBlock, config.shared = G::kShared * static_cast<int64_t>(sizeof(A)), config.cluster = cluster;
+  return config;
+}
+
 template <class Launch>
-inline void launch_norm_forward(const NormForwardParams& p, Launch&& launch) {
+inline void launch_norm_forward(const NormForwardParams& p, const Launch& launch) {
   if (p.rows == 0 || p.columns == 0) return;
   dispatch(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int64_t kSize = Packed<T>::kSize;
-    const bool aligned = p.columns % kSize == 0 && p.x_stride % kSize == 0 && p.residual_stride % kSize == 0 &&
-                         is_aligned(p.x) && is_aligned(p.residual) && is_aligned(p.weight) && is_aligned(p.bias) &&
-                         is_aligned(p.y) && is_aligned(p.h);
-    choose_group<4>((p.columns + kSize - 1) / kSize, [&](auto group) {
+    choose_group<kForwardVectors>((p.columns + kSize - 1) / kSize, [&](auto group) {
       using G = decltype(group);
-      const int64_t blocks = std::min<int64_t>((p.rows + G::kInBlock - 1) / G::kInBlock, INT32_MAX);
-      launch("norm_forward", norm_forward_kernel<T, G>, LaunchConfig{blocks, G::kBlock}, p, aligned);
+      launch("norm_forward", norm_forward_kernel<T, G>, norm_config<G, Acc<T>>(p.rows), p, is_aligned(p, kSize));
     });
   });
 }
 
+// The same by clusters of `blocks` (norm_cluster with kForwardVectors).
+template <class Launch>
+inline void launch_norm_forward_in_clusters(const NormForwardParams& p, int blocks, const Launch& launch) {
+  if (p.rows == 0) return;
+  dispatch(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using G = Group<kMostThreads, kForwardVectors, true>;
+    const LaunchConfig config = norm_config<G, Acc<T>>(p.rows, blocks);
+    launch("norm_forward", norm_forward_kernel<T, G>, config, p, is_aligned(p, Packed<T>::kSize));
+  });
+}
+
+inline int64_t norm_chunks(const NormBackwardParams& p) { return (p.rows + p.chunk_rows - 1) / p.chunk_rows; }
+
 // p.chunk_rows is norm_chunk_rows'.
 template <class Launch>
-inline void launch_norm_backward(const NormBackwardParams& p, Launch&& launch) {
-  if (p.columns == 0) return;
-  const int64_t chunks = (p.rows + p.chunk_rows - 1) / p.chunk_rows;
+inline void launch_norm_backward(const NormBackwardParams& p, const Launch& launch) {
+  if (p.rows == 0 || p.columns == 0) return;
+  dispatch(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int64_t kSize = Packed<T>::kSize;
+    choose_group<kBackwardVectors>((p.columns + kSize - 1) / kSize, [&](auto group) {
+      using G = decltype(group);
+      const LaunchConfig config = norm_config<G, Acc<T>>(norm_chunks(p));
+      launch("norm_backward", norm_backward_kernel<T, G>, config, p, is_aligned(p, kSize));
+    });
+  });
+}
+
+// The same by clusters of `blocks` (norm_cluster with kBackwardVectors).
+template <class Launch>
+inline void launch_norm_backward_in_clusters(const NormBackwardParams& p, int blocks, const Launch& launch) {
+  if (p.rows == 0) return;
+  dispatch(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using G = Group<kMostThreads, kBackwardVectors, true>;
+    const LaunchConfig config = norm_config<G, Acc<T>>(norm_chunks(p), blocks);
+    launch("norm_backward", norm_backward_kernel<T, G>, config, p, is_aligned(p, Packed<T>::kSize));
+  });
+}
+
+// What follows either: the chunks' sums, added up. `overlapped`: the device is of sm_90.
+template <class Launch>
+inline void launch_norm_reduce(const NormBackwardParams& p, bool overlapped, const Launch& launch) {
+  const bool both = p.dweight != nullptr && p.dbias != nullptr;
+  if (p.columns == 0 || (p.dweight == nullptr && p.dbias == nullptr)) return;
+  LaunchConfig config;
+  config.blocks_x = (p.columns + 31) / 32 * (both ? 2 : 1), config.threads = 1024, config.overlapped = overlapped;
+  const void* partial = p.dweight != nullptr ? p.partial_dweight : p.partial_dbias;
+  void* out = p.dweight != nullptr ? p.dweight : p.dbias;
   dispatch(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Acc<T>;
-    constexpr int64_t kSize = Packed<T>::kSize;
-    const bool aligned = p.columns % kSize == 0 && p.dy_stride % kSize == 0 && p.dh_stride % kSize == 0 &&
-                         p.h_stride % kSize == 0 && is_aligned(p.dy) && is_aligned(p.dh) && is_aligned(p.h) &&
-                         is_aligned(p.weight) && is_aligned(p.dh_total) && is_aligned(p.dx);
-    if (p.rows > 0) {
-      choose_group<2>((p.columns + kSize - 1) / kSize, [&](auto group) {
-        using G = decltype(group);
-        const int64_t blocks = (chunks + G::kInBlock - 1) / G::kInBlock;
-        launch("norm_backward", norm_backward_kernel<T, G>, LaunchConfig{blocks, G::kBlock}, p, aligned);
-      });
-    }
-    const auto reduce = [&](const void* partial, void* out) {
-      if (out == nullptr) return;
-      const LaunchConfig config{(p.columns + 31) / 32, 1024};
-      const A* sums = static_cast<const A*>(partial);
-      if (p.weight_dtype == kDTypeOf<T>) {
-        launch("norm_reduce", norm_reduce_kernel<A, T>, config, sums, chunks, p.columns, static_cast<T*>(out));
-      } else {
-        launch("norm_reduce", norm_reduce_kernel<A, float>, config, sums, chunks, p.columns, static_cast<float*>(out));
-      }
+    const auto reduce = [&](auto* of) {
+      using W = std::remove_pointer_t<decltype(of)>;
+      launch("norm_reduce", norm_reduce_kernel<A, W>, config, static_cast<const A*>(partial),
+             static_cast<const A*>(p.partial_dbias), norm_chunks(p), p.columns, static_cast<W*>(out),
+             static_cast<W*>(p.dbias));
     };
-    reduce(p.partial_dweight, p.dweight);
-    reduce(p.partial_dbias, p.dbias);
+    if (p.weight_dtype == kDTypeOf<T>) {
+      reduce(static_cast<T*>(nullptr));
+    } else {
+      reduce(static_cast<float*>(nullptr));
+    }
   });
 }
 

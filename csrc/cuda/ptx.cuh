@@ -23,6 +23,50 @@ __device__ inline uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
+// Clusters (sm_90): a block's place in its cluster, and the number of blocks in it.
+__device__ inline int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ inline int cluster_blocks() {
+  uint32_t blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
+
+// A barrier for all threads of the cluster: what they wrote to shared memory before it, all of them see after it.
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
+// What block `rank` of the cluster has where this one has *at, in shared memory.
+template <class A>
+__device__ inline A cluster_load(const A* at, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(rank));
+  A x;
+  if constexpr (sizeof(A) == 8) {
+    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(x) : "r"(there) : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+  }
+  return x;
+}
+
+// Programmatic dependent launch (sm_90; LaunchConfig::overlapped): once all blocks of a grid have called the first, or
+// ended, the next grid's blocks may start; that grid calls the second before it reads what this one writes.
+__device__ inline void let_next_grid_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_previous_grid() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Starts the copy of `bytes` (0 to 16) bytes from global to shared memory, past L1; zeros fill the 16 that they go to.
 // Both addresses are multiples of 16.
 __device__ inline void cp_async16(void* to, const void* from, int bytes) {

@@ -22,7 +22,7 @@ struct Copies {
   int64_t block = 0;
   std::deque<std::vector<Copy>> groups;
 };
-inline Copies copies[1024];
+inline Copies copies[kMostFibers];
 
 // What a block left under way is lost with its shared memory.
 inline std::deque<std::vector<Copy>>& own_copies() {
@@ -53,6 +53,21 @@ namespace fastattn {
 namespace cuda {
 
 inline char* dynamic_shared() { return host_cuda::dynamic_start(); }
+
+inline int cluster_rank() { return static_cast<int>(host_cuda::rank()); }
+inline int cluster_blocks() { return static_cast<int>(host_cuda::block_barriers.size()); }
+inline void cluster_sync() { host_cuda::wait(host_cuda::cluster_barrier); }
+template <class A>
+inline A cluster_load(const A* at, int rank) {
+  const int64_t offset = reinterpret_cast<const char*>(at) - dynamic_shared();
+  A x;
+  std::memcpy(&x, host_cuda::dynamic_start(static_cast<unsigned>(rank)) + offset, sizeof x);
+  return x;
+}
+
+// Grids run one after another.
+inline void let_next_grid_start() {}
+inline void wait_for_previous_grid() {}
 
 inline void cp_async16(void* to, const void* from, int bytes) {
   host_cuda::aligned_or_abort(to, "cp.async"), host_cuda::aligned_or_abort(from, "cp.async");

@@ -68,6 +68,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     loaded = compiled("norm_host.cpp", tmp_path_factory.mktemp("cuda"))
     loaded.norm_chunk_rows.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     loaded.norm_chunk_rows.restype = ctypes.c_int64
+    loaded.norm_cluster.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_bool]
     yield loaded
 
 
@@ -80,7 +81,13 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _forward(kernels: ctypes.CDLL, inputs: list[Tensor | None], eps: float, rms: bool, p: float) -> list[Tensor]:
+def _cluster(kernels: ctypes.CDLL, x: Tensor, clusters: bool, backward: bool) -> int:
+    return kernels.norm_cluster(x.shape[1], x.element_size(), backward) if clusters else 0
+
+
+def _forward(
+    kernels: ctypes.CDLL, inputs: list[Tensor | None], eps: float, rms: bool, p: float, clusters: bool = False
+) -> list[Tensor]:
     x, residual, weight, bias = inputs
     y, h = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
     mean, rstd = (torch.empty(x.shape[0], dtype=accumulation_dtype(x.dtype)) for _ in range(2))
@@ -91,12 +98,18 @@ def _forward(kernels: ctypes.CDLL, inputs: list[Tensor | None], eps: float, rms:
         0 if residual is None else residual.stride(0), _pointer(weight), _pointer(bias), _pointer(y),
         _pointer(h) if changed else None, None if rms else _pointer(mean), _pointer(rstd), eps, rms, False, _dropout(p),
     )  # fmt: skip
-    kernels.norm_forward(ctypes.byref(call))
+    kernels.norm_forward(ctypes.byref(call), _cluster(kernels, x, clusters, False))
     return [y, h if changed else x, mean, rstd]
 
 
 def _backward(
-    kernels: ctypes.CDLL, upstream: list[Tensor], saved: list[Tensor], weight: Tensor | None, rms: bool, p: float
+    kernels: ctypes.CDLL,
+    upstream: list[Tensor],
+    saved: list[Tensor],
+    weight: Tensor | None,
+    rms: bool,
+    p: float,
+    clusters: bool = False,
 ) -> list[Tensor]:
     dy, dh = upstream
     h, mean, rstd = saved
@@ -112,13 +125,20 @@ def _backward(
         _pointer(total), _pointer(dx) if p > 0 else None, _pointer(partial[0]), _pointer(partial[1]),
         _pointer(dweight), _pointer(dbias), rms, False, _dropout(p),
     )  # fmt: skip
-    kernels.norm_backward(ctypes.byref(call))
+    kernels.norm_backward(ctypes.byref(call), _cluster(kernels, h, clusters, True))
     return [total, dx if p > 0 else total, dweight, dbias]
 
 
-def _check(kernels: ctypes.CDLL, inputs: list[Tensor | None], upstream: list[Tensor], rms: bool, p: float) -> None:
-    y, h, mean, rstd = _forward(kernels, inputs, 1e-3, rms, p)
-    total, dx, dweight, dbias = _backward(kernels, upstream, [h, mean, rstd], inputs[2], rms, p)
+def _check(
+    kernels: ctypes.CDLL,
+    inputs: list[Tensor | None],
+    upstream: list[Tensor],
+    rms: bool,
+    p: float,
+    clusters: bool = False,
+) -> None:
+    y, h, mean, rstd = _forward(kernels, inputs, 1e-3, rms, p, clusters)
+    total, dx, dweight, dbias = _backward(kernels, upstream, [h, mean, rstd], inputs[2], rms, p, clusters)
     ours = [y, h, dx, total, dweight, dbias]
 
     results = []
@@ -161,6 +181,33 @@ def test_against_float64(kernels: ctypes.CDLL, shape: tuple[int, int], dtype: to
     weight, bias = (torch.randn(shape[1]).to(dtype) for _ in range(2))
     _check(kernels, [x, None, weight, bias], [dy, dh], rms=False, p=0.0)
     _check(kernels, [x, residual, weight, None], [dy, dh], rms=True, p=0.3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "blocks"),
+    [
+        (16500, torch.bfloat16, (2, 4)),
+        (16391, torch.float32, (4, 8)),
+        (8256, torch.float64, (4, 8)),
+        (60000, torch.float16, (4, 8)),
+    ],
+    ids=str,
+)
+def test_rows_of_a_cluster(kernels: ctypes.CDLL, columns: int, dtype: torch.dtype, blocks: tuple[int, int]) -> None:
+    x, residual, dy, dh = (torch.randn(2, columns).to(dtype) for _ in range(4))
+    weight, bias = (torch.randn(columns).to(dtype) for _ in range(2))
+    assert tuple(_cluster(kernels, x, True, backward) for backward in (False, True)) == blocks
+    _check(kernels, [x, None, weight, bias], [dy, dh], rms=False, p=0.0, clusters=True)
+    _check(kernels, [x, residual, weight, None], [dy, dh], rms=True, p=0.3, clusters=True)
+
+
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_cluster_is_the_smallest_that_holds_the_row(kernels: ctypes.CDLL, element_size: int, backward: bool) -> None:
+    block = 512 * (2 if backward else 4) * 16 // element_size  # columns in the registers of a block
+    sizes = [1, block, block + 1, 2 * block, 2 * block + 1, 4 * block, 4 * block + 1, 8 * block, 8 * block + 1]
+    found = [kernels.norm_cluster(columns, element_size, backward) for columns in sizes]
+    assert found == [0, 0, 2, 2, 4, 4, 8, 8, 0]
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
