@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correctness, peers, plan, report, session, timing
+from benchmarks.gpu import correctness, peers, plan, report, sanitizer, session, timing
 from fastattn.cli import cases, check
 from fastattn.cli.cases import Case
 from fastattn.cli.rows import Row
@@ -176,12 +176,79 @@ def test_without_a_gpu_it_says_what_would_work(
         command.main(["--only", "sorting"])
 
 
+def test_the_cpp_kernels_have_bars_of_their_own() -> None:
+    planned = plan.measurements(tuple(plan.GROUPS), quick=False, implementation="cuda")
+    assert len({wanted.name for wanted in planned}) == len(planned)
+    bars = {(w.case.shape, w.case.label, w.direction): w for w in planned if w.group == "attention"}
+    assert bars[(1, 16, 16384, 128), "", "forward"].rate_bar == 700e3
+    assert bars[(1, 16, 16384, 128), "causal", "backward"].rate_bar == 575e3
+    assert bars[(1, 8, 16384, 256), "", "forward"].rate_bar == 750e3
+    short = bars[(32, 16, 512, 128), "", "forward"]
+    assert (short.against, short.ratio_bar) == ("sdpa:cudnn", 1.0)
+    assert short.against in peers.for_case(short.case, "cuda")
+    assert next(iter(peers.for_case(short.case, "cuda"))) == "rung below (triton)"
+    assert {w.rate_bar for w in planned if w.group == "norm" and w.memory} == {3000.0, 2400.0}
+    assert {w.share_bar for w in planned if w.share_bar} == {85.0}
+
+
+def test_the_cpp_kernels_need_a_gpu_and_their_extension(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert command.main(["--implementation", "cuda", "--device", "cpu"]) == 2
+    assert "these kernels run on a GPU alone" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cases, "parse_device", torch.device)
+    monkeypatch.setattr(command._library, "has_cuda", False)
+    monkeypatch.setitem(command._library.load_errors, "_cuda", "_cuda.so is not built")
+    assert command.main(["--implementation", "cuda"]) == 2
+    assert "_cuda.so is not built; FASTATTN_BUILD_CUDA=only" in capsys.readouterr().err
+
+
+_SANITIZER = """#!/bin/sh
+[ "$1 $2 $3 $4 $5 $6" = "--tool {tool} --error-exitcode 86 --kernel-name kernel_substring=fastattn" ] || {{ {other}; }}
+{own}
+"""
+
+
+def _sanitized(monkeypatch: pytest.MonkeyPatch, folder: Path, own: str, seconds: float = 20.0) -> dict[str, Any]:
+    """The rows of a compute-sanitizer that does ``own`` for memcheck and finds nothing with racecheck, by tool."""
+    program = folder / "compute-sanitizer"
+    program.write_text(
+        _SANITIZER.format(tool="memcheck", own=own, other="echo '========= ERROR SUMMARY: 0 errors'; exit 0")
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sanitizer, "find", lambda: str(program))
+    rows = {row["case"]: row for row in sanitizer.run(["--only", "norm"], seconds)}
+    assert rows.pop("racecheck")["verdict"] == check.OK
+    return rows["memcheck"]
+
+
+def test_what_the_sanitizer_finds_is_a_failed_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    error = (
+        "echo '========= Invalid __global__ write of size 16 bytes'; echo '========= ERROR SUMMARY: 3 errors'; exit 86"
+    )
+    row = _sanitized(monkeypatch, tmp_path, error)
+    assert row["verdict"] == check.FAILED
+    assert row["note"] == "Invalid __global__ write of size 16 bytes (ERROR SUMMARY: 3 errors)"
+    assert "memcheck" in correctness.failures([row])[0]
+    assert _sanitized(monkeypatch, tmp_path, "exit 0")["verdict"] == check.OK
+    assert _sanitized(monkeypatch, tmp_path, "echo Killed; exit 3")["note"] == "exit code 3: Killed"
+    assert _sanitized(monkeypatch, tmp_path, "sleep 9", 0.5)["verdict"] == check.UNAVAILABLE
+    hazard = sanitizer._judged("racecheck", "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", 0)
+    assert hazard["verdict"] == check.FAILED
+    monkeypatch.setattr(sanitizer, "find", lambda: None)
+    assert {row["verdict"] for row in sanitizer.run([], 1.0)} == {check.UNAVAILABLE}
+    words = sanitizer.command("tool", "memcheck", ["--only", "norm", "--quick"])
+    assert words[-5:] == ["--only", "norm", "--quick", "--part", "1/1"]
+
+
 @pytest.mark.parametrize("verdict", [check.OK, check.FAILED])
 def test_a_wrong_result_is_the_exit_code(
     verdict: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = correctness._row("attention", "causal", "triton", "bfloat16", verdict, "error 1 > 0")
+    found = correctness.row("attention", "causal", "triton", "bfloat16", verdict, "error 1 > 0")
     monkeypatch.setattr(correctness, "run", lambda arguments, processes, seconds: ([found], False))
     assert command.main(["--device", "cpu"]) == (0 if verdict == check.OK else 1)
     text = capsys.readouterr().out

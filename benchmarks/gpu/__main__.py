@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu                               all of it within 8 minutes
     python -m benchmarks.gpu --quick --only norm           one size of each norm
-    python -m benchmarks.gpu --implementation cuda
+    python -m benchmarks.gpu --implementation cuda         the C++ kernels; compute-sanitizer over the small checks first
     TRITON_INTERPRET=1 python -m benchmarks.gpu --device cpu    the checks alone, in Triton's interpreter
 
 Run from the root of the checkout; fastattn need not be installed, nor its C++ core be built. Rows (fastattn/cli/rows.py) and a
@@ -29,14 +29,15 @@ with warnings.catch_warnings():
 
 import torch
 
-from benchmarks.gpu import correctness, plan, report, session, timing
+from benchmarks.gpu import correctness, plan, report, sanitizer, session, timing
 from fastattn.cli import cases, check
 from fastattn.cli.rows import Row, save
+from fastattn.ops import _library
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 SECONDS = 480.0
 #: Share of the time that checks may take; what they leave goes to measuring.
-_CHECKS = 0.4
+_CHECKS, _SANITIZER = 0.4, 0.25
 _ROW_SECONDS, _QUICK_ROW_SECONDS = 1.5, 0.5
 
 
@@ -73,6 +74,12 @@ def device_of(args: argparse.Namespace) -> torch.device:
             "no GPU here; `TRITON_INTERPRET=1 python -m benchmarks.gpu --device cpu` checks the kernels without one"
         )
     device = cases.parse_device(args.device)
+    if args.implementation == "cuda":
+        if device.type == "cpu":
+            raise ValueError("--implementation cuda: these kernels run on a GPU alone")
+        if not _library.has_cuda:
+            build = "FASTATTN_BUILD_CUDA=only python setup.py build_ext --inplace"
+            raise ValueError(f"{_library.load_errors['_cuda']}; {build} builds it")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("--device cpu runs Triton's interpreter: set TRITON_INTERPRET=1")
     return device
@@ -84,6 +91,8 @@ def check_all(args: argparse.Namespace) -> tuple[bool, list[correctness.Found]]:
     own = ["--device", args.device, "--implementation", args.implementation, "--only", args.only]
     own += ["--quick"] if args.quick else []
     rows, complete = correctness.run(own, args.processes, _CHECKS * args.seconds)
+    if args.implementation == "cuda":
+        rows += sanitizer.run(own, _SANITIZER * args.seconds)
     wrong = correctness.failures(rows)
     good = sum(row["verdict"] == check.OK for row in rows)
     print(
@@ -106,7 +115,7 @@ def measure_all(args: argparse.Namespace, device: torch.device, end: float) -> t
     print(", ".join(f"{value:.0f} {unit}" for unit, value in limits.items()))
     bench = session.Session(device, args.implementation, watch, limits)
     rows: list[Row] = []
-    left = plan.measurements(args.groups, args.quick)
+    left = plan.measurements(args.groups, args.quick, args.implementation)
     while left and time.monotonic() < end:
         wanted = left.pop(0)
         found = list(bench.rows(wanted, _QUICK_ROW_SECONDS if args.quick else _ROW_SECONDS))

@@ -42,10 +42,10 @@ def _checked(wanted: plan.Check, device: str, implementation: str) -> Iterator[F
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if wanted.tf32 else "highest")
     try:
-        for row in check.check_case(wanted.case, wanted.dtype, device, [(implementation, "")]):
-            yield asdict(row) | {"dtype": "tf32" if wanted.tf32 else wanted.dtype}
+        for found in check.check_case(wanted.case, wanted.dtype, device, [(implementation, "")]):
+            yield asdict(found) | {"dtype": "tf32" if wanted.tf32 else wanted.dtype}
     except Exception as error:  # the oracle itself: out of memory, a dtype that torch does not multiply here
-        yield _row(
+        yield row(
             wanted.case.op, wanted.case.label, implementation, wanted.dtype, check.UNAVAILABLE, check.brief(error)
         )
     finally:
@@ -71,10 +71,10 @@ def promises(groups: Sequence[str], device: str, implementation: str) -> Iterato
                 wrong, verdict = check.brief(error), check.UNAVAILABLE
             except Exception as error:
                 wrong, verdict = check.brief(error), check.FAILED
-            yield _row(group, name, implementation, "", verdict, wrong)
+            yield row(group, name, implementation, "", verdict, wrong)
 
 
-def _row(op: str, case: str, implementation: str, dtype: str, verdict: str, note: str) -> Found:
+def row(op: str, case: str, implementation: str, dtype: str, verdict: str, note: str) -> Found:
     return {
         "op": op, "case": case, "shape": (), "dtype": dtype, "implementation": implementation, "result": "",
         "verdict": verdict, "note": note, "error": None, "bound": None,
@@ -214,7 +214,7 @@ def run(arguments: Sequence[str], processes: int, seconds: float) -> tuple[list[
     # A thread each: a process whose pipe is full would wait.
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         parts = list(pool.map(lambda process: _collected(process, end), started))
-    return [row for rows, _ in parts for row in rows], all(complete for _, complete in parts)
+    return [found for rows, _ in parts for found in rows], all(complete for _, complete in parts)
 
 
 def _collected(process: subprocess.Popen[str], end: float) -> tuple[list[Found], bool]:
@@ -230,7 +230,7 @@ def _collected(process: subprocess.Popen[str], end: float) -> tuple[list[Found],
     else:
         if process.returncode:
             last = err.strip().splitlines()[-1:] or [""]
-            rows.append(_row("process", "", "", "", check.FAILED, f"exit code {process.returncode}: {last[0]}"))
+            rows.append(row("process", "", "", "", check.FAILED, f"exit code {process.returncode}: {last[0]}"))
     # The last line of a process that was killed may be cut off.
     rows += [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
     return rows, complete
@@ -239,11 +239,11 @@ def _collected(process: subprocess.Popen[str], end: float) -> tuple[list[Found],
 def failures(rows: Sequence[Found]) -> list[str]:
     """A line for each failed verdict."""
     lines = []
-    for row in rows:
-        if row["verdict"] == check.FAILED:
-            shape = "x".join(map(str, row["shape"]))
-            reason = row["note"] or "error {error} > {bound}".format(**row)
+    for found in rows:
+        if found["verdict"] == check.FAILED:
+            shape = "x".join(map(str, found["shape"]))
+            reason = found["note"] or "error {error} > {bound}".format(**found)
             lines.append(
-                "{op} [{case}] {shape} {dtype} {result}: {reason}".format(**row | {"shape": shape, "reason": reason})
+                "{op} [{case}] {shape} {dtype} {result}: {reason}".format(**found | {"shape": shape, "reason": reason})
             )
     return lines

@@ -1,8 +1,8 @@
 """What is checked and what is timed on a GPU, by group.
 
 A check is a call of ``fastattn/cli/cases.py`` whose results and gradients are compared with float64. A measurement is such a call
-in a size that matters, in one direction, with the bar of an H100 SXM where one was set (the best published figure of kernels
-written in Triton or better).
+in a size that matters, in one direction, with the bar of an H100 SXM where one was set: the best published figure of kernels
+written in Triton for ``triton``, of any kernels for ``cuda``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ GROUPS = {
     "rope": ("rope",),
     "loss": ("cross_entropy", "linear_cross_entropy"),
 }
+#: Bars in TFLOP/s of attention (head_dim, causal) forward and backward, in TB/s of norms, in percent of the limit of decoding.
+_ATTENTION_BARS: dict[str, dict[tuple[int, bool], tuple[int, int | None]]] = {
+    "triton": {(128, False): (610, 560), (128, True): (600, 500), (64, False): (450, None)},
+    "cuda": {(128, False): (700, 600), (128, True): (680, 575), (64, False): (500, 500), (256, False): (750, None)},
+}
+_NORM_BARS = {"triton": (2.9, 2.2), "cuda": (3.0, 2.4)}
+_DECODE_BAR = {"triton": 80.0, "cuda": 85.0}
+_CUDNN = "sdpa:cudnn"
 DTYPES = ("bfloat16", "float16", "float32")
 BAR_DEVICE = "H100"
 _TERA = 1e3  # rates are in GFLOP/s and GB/s
@@ -94,7 +102,7 @@ def _several_tiles(op: str) -> list[Case]:
     }[op]
 
 
-def measurements(groups: Sequence[str], quick: bool) -> list[Measurement]:
+def measurements(groups: Sequence[str], quick: bool, implementation: str = "triton") -> list[Measurement]:
     """In the order in which they are taken: what has a bar first. ``quick``: one size of each."""
     every = {
         "attention": _attention,
@@ -104,22 +112,27 @@ def measurements(groups: Sequence[str], quick: bool) -> list[Measurement]:
         "rope": _rope,
         "loss": _loss,
     }
-    found = [m for group in groups for m in every[group]()]
+    found = [m for group in groups for m in every[group](implementation)]
     if quick:
         kinds = {(m.case.op, m.case.label, m.direction): m for m in reversed(found)}
         found = [m for m in found if kinds[m.case.op, m.case.label, m.direction] is m]
     return sorted(found, key=lambda m: m.rate_bar is None and m.share_bar is None and m.ratio_bar is None)
 
 
-def _attention() -> Iterator[Measurement]:
+def _attention(implementation: str) -> Iterator[Measurement]:
     """16k tokens and 2048 channels, as published figures have them; decoding one token of 64 sequences on 8192 keys."""
-    bars = {(128, False): (610, 560), (128, True): (600, 500), (64, False): (450, None)}
-    for (dim, causal), (forward, backward) in bars.items():
+    # The C++ kernels are to be as fast as cuDNN's wherever it has the call too.
+    against: dict[str, Any] = {"against": _CUDNN, "ratio_bar": 1.0} if implementation == "cuda" else {}
+    for (dim, causal), (forward, backward) in _ATTENTION_BARS[implementation].items():
         case = Case("attention", (1, 2048 // dim, 16384, dim), {"causal": True} if causal else {})
-        yield Measurement("attention", case, "forward", rate_bar=forward * _TERA)
-        yield Measurement("attention", case, "backward", rate_bar=backward * _TERA if backward else None)
+        yield Measurement("attention", case, "forward", rate_bar=forward * _TERA, **against)
+        yield Measurement("attention", case, "backward", rate_bar=backward * _TERA if backward else None, **against)
     decode = Case("attention", (64, 32, 1, 8192, 128), {"nheads_kv": 8})
-    yield Measurement("attention", decode, memory=True, share_bar=80.0)
+    yield Measurement("attention", decode, memory=True, share_bar=_DECODE_BAR[implementation])
+    if implementation == "cuda":
+        for tokens, options in ((512, {}), (1024, {"causal": True}), (2048, {}), (2048, {"causal": True})):
+            case = Case("attention", (16384 // tokens, 16, tokens, 128), options)
+            yield from (Measurement("attention", case, direction, **against) for direction in ("forward", "backward"))
     for tokens, dim, options in (
         (4096, 128, {"causal": True, "nheads_kv": 4}),
         (1024, 64, {"causal": True}),
@@ -131,17 +144,18 @@ def _attention() -> Iterator[Measurement]:
         yield from (Measurement("attention", case, direction) for direction in ("forward", "backward"))
 
 
-def _norm() -> Iterator[Measurement]:
+def _norm(implementation: str) -> Iterator[Measurement]:
     """128 MiB of bf16 in rows of 1024 to 65536, which no L2 holds; and a few rows, where calls cost more than bytes."""
+    forward, backward = _NORM_BARS[implementation]
     for op, own in (("rms_norm", {"weight": True}), ("layer_norm", {"weight": True, "bias": True})):
         for columns in (4096, 1024, 16384, 65536):
             case = Case(op, ((1 << 26) // columns, columns), own)
-            yield Measurement("norm", case, memory=True, rate_bar=2.9 * _TERA)
-            yield Measurement("norm", case, "backward", memory=True, rate_bar=2.2 * _TERA)
+            yield Measurement("norm", case, memory=True, rate_bar=forward * _TERA)
+            yield Measurement("norm", case, "backward", memory=True, rate_bar=backward * _TERA)
         yield Measurement("norm", Case(op, (32, 1024), own), against="eager", ratio_bar=1.0)
 
 
-def _ffn() -> Iterator[Measurement]:
+def _ffn(implementation: str) -> Iterator[Measurement]:
     """The ratio to the two (three) bare matrix products of cuBLAS: 1 / 1.02."""
     for op, shape, activation in (("ffn", (8192, 4096, 16384), "gelu"), ("glu_ffn", (8192, 4096, 14336), "swiglu")):
         case = Case(op, shape, {"activation": activation})
@@ -151,16 +165,16 @@ def _ffn() -> Iterator[Measurement]:
         yield Measurement("ffn", small, "forward+backward")
 
 
-def _linear() -> Iterator[Measurement]:
+def _linear(implementation: str) -> Iterator[Measurement]:
     for shape in ((8192, 4096, 4096), (512, 1024, 3072)):
         yield Measurement("linear", Case("linear", shape, {"bias": True, "residual": True}), "forward+backward")
 
 
-def _rope() -> Iterator[Measurement]:
+def _rope(implementation: str) -> Iterator[Measurement]:
     yield Measurement("rope", Case("rope", (4, 32, 4096, 128), {}), memory=True)
     yield Measurement("rope", Case("rope", (4, 32, 4096, 128), {"interleaved": True}), "forward+backward", memory=True)
 
 
-def _loss() -> Iterator[Measurement]:
+def _loss(implementation: str) -> Iterator[Measurement]:
     yield Measurement("loss", Case("cross_entropy", (8192, 32768)), "forward+backward", memory=True)
     yield Measurement("loss", Case("linear_cross_entropy", (4096, 2048, 128256)), "forward+backward")
