@@ -26,11 +26,18 @@ import fastattn.ops._library as library
 if not library.has_cuda:
     ctypes.CDLL(sys.argv[1])
 x = torch.randn(4, 8)
+q, table = torch.randn(1, 2, 3, 8), torch.tensor([[0, 3, 0, 3, 0]])
+options = (0.3, -1, 0, 0, 0.0, 0.0, None)
 arguments = {
+    "attention_forward": (q, q, q, None, None, None, *options),
+    "attention_inference": (q, q, q, None, None, None, *options),
+    "attention_append": (q, q, q, q, q, None, None, 0.3, -1, 0, 0.0, table, None),
     "norm_forward": (x, None, None, None, 1e-5, False, 0.0, None),
     "norm_backward": (x, None, x, None, x[:, 0], x[:, 0], True, 0.0, None, False, False),
 }
 for name, values in arguments.items():
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CUDA"):
+        continue
     operator = getattr(torch.ops.fastattn, name).default
     try:
         operator._op_dk(torch._C.DispatchKey.CUDA, *values)
@@ -129,19 +136,25 @@ def test_needs_neither_python_nor_cuda(build: Path) -> None:
     assert not re.search(r"NEEDED.*(libcuda|libcudart|libtorch_cuda|libpython)", needed)
 
 
-def _check_refusals(library: Path) -> None:
+#: What each operator says of CPU tensors.
+REFUSALS = {"norm_forward": "x", "norm_backward": "h"} | dict.fromkeys(
+    ("attention_forward", "attention_inference", "attention_append"), "q"
+)
+
+
+def _check_refusals(library: Path, *operators: str) -> None:
     command = [sys.executable, "-c", LOAD_AND_CALL, str(library)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["norm_forward", "norm_backward"], done.stdout
-    assert "x is not on a CUDA device" in lines[0]
-    assert "h is not on a CUDA device" in lines[1]
+    said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert set(said) == set(operators)
+    for name, text in said.items():
+        assert f"{REFUSALS[name]} is not on a CUDA device" in text
 
 
 def test_loads_anywhere_and_refuses_cpu_tensors(build: Path) -> None:
-    _check_refusals(build)
+    _check_refusals(build, "norm_forward", "norm_backward")
 
 
 @pytest.mark.slow
@@ -149,4 +162,4 @@ def test_everything_builds_into_one_object(tmp_path: Path) -> None:
     """For the architectures that are the default; that no kernel is missing shows when it is loaded."""
     library = _build(ROOT, tmp_path, "")
     test_needs_neither_python_nor_cuda(library)
-    _check_refusals(library)
+    _check_refusals(library, *REFUSALS)

@@ -22,10 +22,13 @@ def test_auto_takes_the_first_that_can() -> None:
     assert [name for name, _ in explanation.rungs] == ["cuda", "triton", "cpu", "reference"]
     assert explanation.implementation == ("cpu" if _library.cpu_is_fast else "reference")
     reasons = dict(explanation.rungs)
-    assert reasons["cuda"] == "not written for attention" and "Triton compiles for GPUs" in reasons["triton"]
+    assert reasons["cuda"] == "the tensors are on cpu, not on a CUDA device"
+    assert "Triton compiles for GPUs" in reasons["triton"]
     assert reasons["reference"] is None
     text = str(explanation)
-    assert text.splitlines()[0].startswith("attention: ") and "chosen" in text and "no: not written" in text
+    assert text.splitlines()[0].startswith("attention: ") and "chosen" in text and "no: the tensors" in text
+    rope = fastattn.explain(fastattn.rope, Q, torch.ones(5, 4), torch.ones(5, 4))
+    assert dict(rope.rungs)["cuda"] == "not written for rope"
 
 
 def test_explain_computes_nothing_and_leaves_no_trace() -> None:

@@ -22,10 +22,10 @@ struct AttentionOptions {
   const OptionalTensor& rng_state;
 };
 
+inline bool has_unit_last_stride(const Tensor& x) { return x.stride(3) == 1 || x.size(3) <= 1; }
+
 // Last stride 1, as the kernels need; any other order of the rest is read in place.
-inline Tensor unit_last_stride(const Tensor& x) {
-  return x.stride(3) == 1 || x.size(3) <= 1 ? x : torch::stable::contiguous(x);
-}
+inline Tensor unit_last_stride(const Tensor& x) { return has_unit_last_stride(x) ? x : torch::stable::contiguous(x); }
 
 inline OptionalTensor contiguous_or_none(const OptionalTensor& x) {
   return x.has_value() ? OptionalTensor(torch::stable::contiguous(*x)) : OptionalTensor(std::nullopt);

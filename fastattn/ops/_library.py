@@ -121,8 +121,8 @@ SCHEMAS = {
     ),
 }
 
-#: Operators that only Triton implements.
-TRITON_SCHEMAS = {
+#: Operators that only the implementations on GPUs have.
+GPU_SCHEMAS = {
     # attention_forward, up to 8 rows, after k and v (B, Hk, Nq, D) took the place of each sequence's last keys.
     "attention_append": (
         "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks,"
@@ -325,7 +325,7 @@ load_errors: dict[str, str] = {}
 
 
 def _define(name: str, op: str) -> None:
-    schema, fake = (SCHEMAS | TRITON_SCHEMAS)[op], FAKES[op]
+    schema, fake = (SCHEMAS | GPU_SCHEMAS)[op], FAKES[op]
     if name in PRODUCTS:
         schema = schema.replace(") -> ", ", *, bool reduced_precision=False) -> ")
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -393,7 +393,7 @@ def _text(library: ctypes.CDLL | None, function: str) -> str:
     return symbol().decode()
 
 
-for _op in SCHEMAS:
+for _op in SCHEMAS | GPU_SCHEMAS:
     _define(_op, _op)
 for _op, _module in TRITON_OPS.items():
     _define(f"triton_{_op}", _op)

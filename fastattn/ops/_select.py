@@ -143,7 +143,11 @@ def _reason(op: str, name: str, device: torch.device, why_not: dict[str, WhyNot]
 def _no_cuda(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a CUDA device"
-    return None if _library.has_cuda else _library.load_errors["_cuda"]
+    if not _library.has_cuda:
+        return _library.load_errors["_cuda"]
+    arch = arch_name(device)
+    number = arch.removeprefix("sm_")
+    return None if number.isdigit() and int(number) >= 80 else f"{arch}: the CUDA kernels are for sm_80 and later"
 
 
 def _no_triton(device: torch.device) -> str | None:

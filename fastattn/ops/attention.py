@@ -30,6 +30,9 @@ from fastattn.reference.precision import accumulation_dtype
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 
+#: Up to this many query rows of a sequence are a decoding step to the implementations on GPUs.
+_FEW_ROWS = 8
+
 #: Defaults, recognized by identity: what is left out needs no check.
 _UNLIMITED = (-1, -1)
 _OFF = 0.0
@@ -50,6 +53,7 @@ _forward = products("attention_forward")
 _inference = products("attention_inference")
 _triton_forward = torch.ops.fastattn.triton_attention_forward.default
 _backward = products("attention_backward")
+_append = torch.ops.fastattn.attention_append.default
 _triton_append = torch.ops.fastattn.triton_attention_append.default
 _triton_backward = torch.ops.fastattn.triton_attention_backward.default
 
@@ -361,15 +365,18 @@ def _attend(
     if sinks is not None:
         sinks = _check_per_head("sinks", sinks, q, ((q.shape[1],),)).to(accumulate)
 
-    why_not = {"cpu": lambda: None, "triton": lambda: _triton_why_not(q, k, v)}
+    why_not = {
+        "cuda": lambda: _cuda_why_not(q, v, options, wants_gradient(q, k, v, attn_mask, alibi_slopes, sinks)),
+        "cpu": lambda: None,
+        "triton": lambda: _triton_why_not(q, k, v),
+    }
     chosen = choose("attention", implementation, q.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
     if fresh is not None:
-        if chosen == "triton" and _appends_in_launch(q, k, v, fresh, alibi_slopes, sinks):
+        if chosen in ("cuda", "triton") and _appends_in_launch(q, k, v, fresh, alibi_slopes, sinks):
             scale, left, right, _, softcap, _ = options
-            return _triton_append(
-                q, k, v, *fresh, alibi_slopes, sinks, scale, left, right, softcap, sequences, block_table
-            )
+            append = _triton_append if chosen == "triton" else _append
+            return append(q, k, v, *fresh, alibi_slopes, sinks, scale, left, right, softcap, sequences, block_table)
         _sequences.append(k, v, own)
     if chosen == "reference":
         return _formula(options, rng_state, sequences, block_table)(q, k, v, attn_mask, alibi_slopes, sinks)
@@ -387,13 +394,31 @@ def _attend(
 def _appends_in_launch(q: Tensor, k: Tensor, v: Tensor, fresh: tuple[Tensor, Tensor], *more: Tensor | None) -> bool:
     """Whether ``attention_append`` takes a call: caches are written where they lie, and it has no gradient."""
     in_place = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (k, v))
-    return q.shape[2] <= 8 and in_place and not wants_gradient(q, k, v, *fresh, *more)
+    return q.shape[2] <= _FEW_ROWS and in_place and not wants_gradient(q, k, v, *fresh, *more)
+
+
+def _too_wide(q: Tensor, v: Tensor) -> str | None:
+    widest = max(q.shape[3], v.shape[3])
+    return f"head_dim {widest} is over 256" if widest > 256 else None
 
 
 def _triton_why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if max(q.shape[3], v.shape[3]) > 256:
-        return f"head_dim {max(q.shape[3], v.shape[3])} is over 256"
-    return triton_why_not(q, k, v)
+    return _too_wide(q, v) or triton_why_not(q, k, v)
+
+
+def _cuda_why_not(q: Tensor, v: Tensor, options: _Options, gradient: bool) -> str | None:
+    """Why ``csrc/cuda/attention.cu`` does not take a call, or None."""
+    if q.dtype == torch.float64:
+        return "float64 (CUDA kernels accumulate in float32)"
+    if (reason := _too_wide(q, v)) is not None:
+        return reason
+    if gradient:
+        return "gradients (the CUDA kernels are those of decoding, forward alone)"
+    if options.dropout_p > 0:
+        return "dropout (the CUDA kernels are those of decoding)"
+    if q.shape[2] > _FEW_ROWS:
+        return f"{q.shape[2]} query rows (the CUDA kernels are those of decoding, up to {_FEW_ROWS})"
+    return None
 
 
 def _as_4d(x: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+// Attention's CUDA operators behind LibTorch's stable ABI, and which kernels take a call. The tables of sequences and
+// pages lie on the device: their values are the caller's word.
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <utility>
+
+#include "cuda/attention_launch.h"
+#include "cuda/operator.h"
+#include "ops/attention.h"
+
+namespace fastattn {
+namespace cuda {
+namespace {
+
+constexpr int64_t kMostChannels = 256;
+
+int32_t device_of(const Tensor& q) {
+  FASTATTN_CHECK(q.is_cuda(), "attention: q is not on a CUDA device");
+  return q.get_device_index();
+}
+
+void check_device(const OptionalTensor& x, const Tensor& q, const char* name) {
+  FASTATTN_CHECK(!x.has_value() || x->device() == q.device(), "attention: ", name, " is not where q lies");
+}
+
+// All that the kernels read is on one device.
+void check_devices(const AttentionInputs& x) {
+  check_device(x.k, x.q, "k"), check_device(x.v, x.q, "v");
+  check_device(x.attn_mask, x.q, "attn_mask"), check_device(x.alibi_slopes, x.q, "alibi_slopes");
+  check_device(x.sinks, x.q, "sinks");
+}
+
+AttentionParams device_params(const AttentionInputs& x, const AttentionOptions& options) {
+  check_devices(x);
+  const AttentionParams p = attention_params(x, options, [](AttentionParams&) {});
+  FASTATTN_CHECK(p.dtype != DType::kFloat64, "attention: the CUDA kernels accumulate in float32, q is float64");
+  FASTATTN_CHECK(std::max(p.head_dim, p.head_dim_v) <= kMostChannels, "attention: head_dim is over ", kMostChannels);
+  return p;
+}
+
+// (batch, heads, rows, channels) in the memory order of q, as the operator's fake announces.
+Tensor output_like(const Tensor& q, int64_t channels) {
+  const auto allocate = allocator(q);
+  if (q.stride(1) >= q.stride(2)) return allocate({q.size(0), q.size(1), q.size(2), channels}, q.scalar_type());
+  return torch::stable::transpose(allocate({q.size(0), q.size(2), q.size(1), channels}, q.scalar_type()), 1, 2);
+}
+
+// Whether the sequences of a call lie in one batch entry of q, or of k.
+bool rows_packed(const AttentionInputs& x) {
+  // One sequence in a batch entry of more rows than a decoding step has may have few itself.
+  return x.sequences.has_value() && x.q.size(0) == 1 && (x.sequences->size(0) > 1 || x.q.size(2) > kDecodeRows);
+}
+bool keys_packed(const AttentionInputs& x) {
+  return x.sequences.has_value() && x.sequences->size(0) > 1 && x.k.size(0) == 1 && !x.block_table.has_value();
+}
+
+// What rows have that are no sequence's.
+void fill_uncovered(Tensor out, const OptionalTensor& lse) {
+  torch::stable::zero_(out);
+  if (lse.has_value()) torch::stable::fill_(*lse, -std::numeric_limits<double>::infinity());
+}
+
+// This call's own keys and values, to be appended to the cache; null: they are there.
+struct Fresh {
+  const Tensor *k = nullptr, *v = nullptr;
+};
+
+void run_decode(const AttentionParams& attention, const AttentionInputs& x, const StreamLaunch& launch,
+                const Fresh& fresh) {
+  DecodeParams p = decode_params(attention, rows_packed(x), keys_packed(x));
+  if (fresh.k != nullptr) {
+    p.fresh_k = fresh.k->const_data_ptr(), p.fresh_v = fresh.v->const_data_ptr();
+    set_strides(*fresh.k, p.fresh_k_stride), set_strides(*fresh.v, p.fresh_v_stride);
+  }
+  const auto allocate = allocator(x.q);
+  const Tensor acc = allocate({p.slots, p.heads, p.part_rows, p.head_dim_v}, ScalarType::Float);
+  const Tensor sums = allocate({2, p.slots, p.heads, p.part_rows}, ScalarType::Float);
+  p.acc = acc.mutable_data_ptr<float>(), p.sums = sums.mutable_data_ptr<float>();
+  launch_attention_decode(p, launch);
+}
+
+// out; p.lse where it is wanted. q_in has the memory order that out shall have.
+Tensor run_forward(AttentionParams& p, const AttentionInputs& x, const Tensor& q_in, const OptionalTensor& lse,
+                   const Fresh& fresh = {}) {
+  FASTATTN_CHECK(p.rows <= kDecodeRows && p.dropout.threshold == 0, "attention: the CUDA kernels take up to ",
+                 kDecodeRows, " rows without dropout");
+  const Tensor out = output_like(q_in, p.head_dim_v);
+  p.out = out.mutable_data_ptr();
+  set_strides(out, p.out_stride);
+  if (x.sequences.has_value() && x.q.size(0) == 1) p.out_stride[0] = 0;
+  const StreamLaunch launch{current_stream(x.q.get_device_index())};
+  if (rows_packed(x)) fill_uncovered(out, lse);
+  if (p.batch > 0 && p.heads > 0 && p.rows > 0) run_decode(p, x, launch, fresh);
+  return out;
+}
+
+}  // namespace
+
+Tensor attention_inference(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& attn_mask,
+                           const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
+                           int64_t window_left, int64_t window_right, int64_t diagonal, double softcap,
+                           double dropout_p, const OptionalTensor& rng_state, const OptionalTensor& sequences,
+                           const OptionalTensor& block_table, bool) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(q_in));
+  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  const AttentionInputs x{q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table};
+  AttentionParams p =
+      device_params(x, {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
+  return run_forward(p, x, q_in, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                                     const OptionalTensor& attn_mask,
+                                                     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                                     double softmax_scale, int64_t window_left, int64_t window_right,
+                                                     int64_t diagonal, double softcap, double dropout_p,
+                                                     const OptionalTensor& rng_state, const OptionalTensor& sequences,
+                                                     const OptionalTensor& block_table, bool) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(q_in));
+  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  const AttentionInputs x{q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table};
+  AttentionParams p =
+      device_params(x, {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
+  auto [lse, statistics] = allocate_statistics(p, q, allocator(q));
+  // The CUDA kernels keep nothing beside lse.
+  if (p.statistics != nullptr) torch::stable::zero_(statistics);
+  p.statistics = nullptr;
+  const Tensor out = run_forward(p, x, q_in, lse);
+  return {out, lse, statistics};
+}
+
+std::tuple<Tensor, Tensor> attention_append(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
+                                            const Tensor& k_in, const Tensor& v_in, const OptionalTensor& alibi_slopes,
+                                            const OptionalTensor& sinks, double softmax_scale, int64_t window_left,
+                                            int64_t window_right, double softcap, const Tensor& sequences_in,
+                                            const OptionalTensor& block_table) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(q_in));
+  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  const OptionalTensor none = std::nullopt, sequences = sequences_in;
+  const AttentionInputs x{q, k_cache, v_cache, none, alibi_slopes, sinks, sequences, block_table};
+  AttentionParams p = device_params(x, {softmax_scale, window_left, window_right, 0, softcap, 0.0, none});
+  FASTATTN_CHECK(has_unit_last_stride(k_cache) && has_unit_last_stride(v_cache),
+                 "attention: the caches are written where they lie, with unit last stride");
+  FASTATTN_CHECK(q.size(0) == sequences->size(0) && p.rows <= kDecodeRows, "attention: append takes up to ",
+                 kDecodeRows, " rows of every sequence");
+  for (const auto& [fresh, cache] : {std::pair(&k, &k_cache), std::pair(&v, &v_cache)}) {
+    FASTATTN_CHECK(fresh->dim() == 4 && fresh->size(0) == q.size(0) && fresh->size(1) == p.heads_kv &&
+                       fresh->size(2) == p.rows && fresh->size(3) == cache->size(3) &&
+                       fresh->scalar_type() == q.scalar_type() && fresh->device() == q.device(),
+                   "attention: k and v are (batch, heads, rows, head_dim) of the caches, like q");
+  }
+  const auto [lse, statistics] = allocate_statistics(p, q, allocator(q));
+  p.statistics = nullptr;
+  const Tensor out = run_forward(p, x, q_in, lse, {&k, &v});
+  return {out, lse};
+}
+
+}  // namespace cuda
+}  // namespace fastattn
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("attention_inference", TORCH_BOX(&fastattn::cuda::attention_inference));
+  m.impl("attention_forward", TORCH_BOX(&fastattn::cuda::attention_forward));
+  m.impl("attention_append", TORCH_BOX(&fastattn::cuda::attention_append));
+}

@@ -1,0 +1,141 @@
+// The two products of attention_decode.cuh on 16 lines and 16 keys of a warp, and where their operands lie.
+//
+// Fragments are those of mma.m16n8k16: lane 4 g + t has s[tile][e] of line g + 8 (e / 2) and key 8 tile + 2 t + e % 2,
+// and acc[n][e] of the same line and channel 8 n + 2 t + e % 2.
+#pragma once
+
+#include "cuda/attention_decode_parts.cuh"
+#include "cuda/ptx.cuh"
+
+namespace fastattn {
+namespace cuda {
+
+// What fits around a ring of 64 KiB, by the bytes of a row.
+template <class T, int kD>
+struct DecodeTile {
+  static constexpr int kVector = 16 / sizeof(T);  // elements of a 16-byte chunk
+  static constexpr int kChunks = kD / kVector;    // of a row
+  static constexpr int kTileBytes = kDecodeKeys * kD * static_cast<int>(sizeof(T));
+  static constexpr int kWarps = kD * sizeof(T) <= 256 ? 4 : 2, kThreads = 32 * kWarps;
+  static constexpr int kRingBytes = 64 * 1024, kSlots = kRingBytes / kWarps / kTileBytes;
+  // l and m of every warp's lines.
+  static constexpr int kSumBytes = 2 * kWarps * kDecodeLines * static_cast<int>(sizeof(float));
+  // The ring, Q, these, and 16 bytes a line.
+  static constexpr int kSharedBytes = kRingBytes + kTileBytes + kSumBytes + 16 * kDecodeLines;
+  static_assert(kSlots >= 2 && kSlots % 2 == 0, "K and V alternate in the ring");
+  static_assert(kWarps * kDecodeLines * kD * static_cast<int>(sizeof(float)) <= kRingBytes,
+                "the warps' sums take its place");
+};
+
+// Byte offset of a 16-byte chunk of a line of a tile: one chunk of eight lines lies in as many bank groups.
+template <int kChunks>
+__host__ __device__ inline int tile_offset(int line, int chunk) {
+  return line * (16 * kChunks) + chunk / 8 * 128 + (chunk % 8 ^ line % 8) * 16;
+}
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Two values as the halves of a register, the first in the lower.
+template <class T>
+__device__ inline uint32_t pack_pair(float first, float second) {
+  T values[2];
+  narrow(first, values), narrow(second, values + 1);
+  return values[0].bits | static_cast<uint32_t>(values[1].bits) << 16;
+}
+
+template <class T, int kD>
+struct DecodeProducts {
+  static constexpr int kChunks = DecodeTile<T, kD>::kChunks;
+
+  // s = q kᵀ
+  static __device__ void scores(const char* q, const char* k, float (&s)[2][4]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[tile][e] = 0;
+    }
+#pragma unroll
+    for (int step = 0; step < kD / 16; ++step) {
+      uint32_t a[4], b[4];
+      ldmatrix_x4(a, q + tile_offset<kChunks>(lane % 16, 2 * step + lane / 16));
+      ldmatrix_x4(b, k + tile_offset<kChunks>(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) mma_m16n8k16<T>(s[tile], a, {b[2 * tile], b[2 * tile + 1]});
+    }
+  }
+
+  // acc += p v
+  static __device__ void accumulate(const float (&p)[2][4], const char* v, float (&acc)[kD / 8][4]) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t a[4] = {pack_pair<T>(p[0][0], p[0][1]), pack_pair<T>(p[0][2], p[0][3]),
+                           pack_pair<T>(p[1][0], p[1][1]), pack_pair<T>(p[1][2], p[1][3])};
+#pragma unroll
+    for (int step = 0; step < kD / 16; ++step) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, v + tile_offset<kChunks>(lane % 16, 2 * step + lane / 16));
+      mma_m16n8k16<T>(acc[2 * step], a, {b[0], b[1]});
+      mma_m16n8k16<T>(acc[2 * step + 1], a, {b[2], b[3]});
+    }
+  }
+};
+
+template <int kD>
+struct DecodeProducts<float, kD> {
+  static constexpr int kChunks = DecodeTile<float, kD>::kChunks;
+
+  static __device__ void scores(const char* q, const char* k, float (&s)[2][4]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[tile][e] = 0;
+    }
+#pragma unroll(kD < 256 ? 2 : 1)
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      Packed<float> line[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) line[half] = load(q, g + 8 * half, chunk);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Packed<float> key = load(k, j / 2 * 8 + 2 * t + j % 2, chunk);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& x = s[j / 2][2 * half + j % 2];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x = fmaf(line[half].value[i], key.value[i], x);
+        }
+      }
+    }
+  }
+
+  static __device__ void accumulate(const float (&p)[2][4], const char* v, float (&acc)[kD / 8][4]) {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+#pragma unroll 1
+    for (int from = 0; from < 4; ++from) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int key = j / 2 * 8 + 2 * from + j % 2;
+        float weight[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          weight[half] = __shfl_sync(0xffffffffu, p[j / 2][2 * half + j % 2], lane / 4 * 4 + from);
+        }
+#pragma unroll
+        for (int n = 0; n < kD / 8; ++n) {
+          const float* pair = reinterpret_cast<const float*>(v + tile_offset<kChunks>(key, 2 * n + t / 2)) + t % 2 * 2;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[n][e] = fmaf(weight[e / 2], pair[e % 2], acc[n][e]);
+        }
+      }
+    }
+  }
+
+ private:
+  static __device__ Packed<float> load(const char* tile, int line, int chunk) {
+    return *reinterpret_cast<const Packed<float>*>(tile + tile_offset<kChunks>(line, chunk));
+  }
+};
+
+}  // namespace cuda
+}  // namespace fastattn
