@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastattn.cli import bars, cases, check, limited, machine, memory, modules, scaling, sweep
+from fastattn.cli import bars, cases, check, limited, machine, memory, modules, overhead, scaling, sweep
 from fastattn.cli.bars import Line
 from fastattn.cli.cases import Case, work
 from fastattn.cli.measure import MatrixPeak, ReadPeak, Timing, interleave, keep_freed_memory
@@ -29,6 +29,7 @@ from fastattn.cli.plot import plot as plot
 from fastattn.cli.plot import plot_scaling
 from fastattn.cli.rows import Row, below, render, save
 from fastattn.cli.table import Progress
+from fastattn.ops import _library
 
 DIRECTIONS = ("forward", "forward+backward")
 COPY = "copy"
@@ -397,7 +398,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "op",
         nargs="*",
         metavar="OP",
-        help=f"default: all of {', '.join(cases.OPS)}; of {', '.join(bars.LINES)}: the table of bars",
+        help=f"default: all of {', '.join(cases.OPS)}; of {', '.join(bars.LINES)}: the table of bars; overhead: what a small call "
+        "costs on top of its kernel",
     )
     parser.add_argument(
         "--dtype", nargs="+", choices=list(cases.DTYPES), help="default: float32 bfloat16; bars: float16 too"
@@ -454,7 +456,22 @@ def all_bars(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def run_overhead(args: argparse.Namespace) -> int:
+    """``bench overhead``, whose rows are of their own kind; exit code 1 where a bar is missed."""
+    if not _library.cpu_is_fast:
+        raise ValueError("overhead: is of the C++ operators, which this installation or machine does not have")
+    rows = overhead.run(args.seconds or overhead.SECONDS)
+    missed = [row for row in rows if overhead.missed(row)]
+    if args.json:
+        print(json.dumps({"passed": not missed, "rows": [asdict(row) for row in rows]}, indent=1))
+    else:
+        overhead.render(rows)
+    return 1 if missed else 0
+
+
 def main(args: argparse.Namespace) -> int:
+    if args.op == ["overhead"]:
+        return run_overhead(args)
     with_bars = wants_bars(args)
     unknown = [op for op in args.op if op not in cases.OPS and not with_bars]
     if unknown:

@@ -16,6 +16,7 @@ from fastattn.ops import _sequences, _validate
 from fastattn.ops._derivatives import (
     REFUSALS,
     apply,
+    first_result,
     forward_mode,
     pullback_of_gradient,
     pushforward,
@@ -92,7 +93,7 @@ class _Attention(torch.autograd.Function):
             ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, _: None = None) -> tuple[Any, ...]:
         *tensors, out, lse, statistics = ctx.saved_tensors
         if ctx.block_table is not None:
             raise NotImplementedError("block_table: a paged cache has no gradients; gather its pages to train on them")
@@ -114,6 +115,9 @@ class _AttentionDual(_Attention):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         formula = _formula(_Options(*ctx.options), ctx.rng_state, ctx.sequences, ctx.block_table)
         return (*pushforward(formula, 2, ctx.saved_tensors[:6], tangents[:6]), None)
+
+
+_attend_recorded = first_result(_Attention)
 
 
 class _AttentionGradient(torch.autograd.Function):
@@ -230,7 +234,7 @@ def _in_short(
         diagonal = k.size(2) - q.size(2) if bottom_right else 0
         options = (scale, -1, 0 if causal else -1, diagonal, 0.0, 0.0)
         if recorded:
-            return apply(_Attention, q, k, v, None, None, None, None, None, None, False, *options)[0]
+            return _attend_recorded(q, k, v, None, None, None, None, None, None, False, *options)
         return _inference(q, k, v, None, None, None, *options, None)
     except (*REFUSALS, ZeroDivisionError):
         return None

@@ -15,6 +15,7 @@ from fastattn.ops import _validate
 from fastattn.ops._derivatives import (
     REFUSALS,
     apply,
+    first_result,
     forward_mode,
     pullback_of_gradient,
     pushforward,
@@ -113,6 +114,9 @@ class _FFNDual(_FFN):
         return dout, None, None
 
 
+_feed_forward_recorded = first_result(_FFN)
+
+
 class _FFNGradient(torch.autograd.Function):
     """The backward operator, itself differentiable once more through the reference."""
 
@@ -187,9 +191,14 @@ def ffn(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(ACTIVATIONS)}")
-    names = ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
-    options = _Options(ACTIVATIONS.index(activation), dropout_p)
     tensors = (x, w_in, b_in, None, None, w_out, b_out, residual)
+    index = ACTIVATIONS.index(activation)
+    if dropout_p == 0 and cpu_in_short(implementation):
+        out = _in_short(tensors, index, recompute)
+        if out is not None:
+            return out
+    names = ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
+    options = _Options(index, dropout_p)
     return _feed_forward("ffn", names, tensors, options, rng_state, recompute, implementation)
 
 
@@ -215,9 +224,14 @@ def glu_ffn(
     """
     if activation not in GATED_ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(GATED_ACTIVATIONS)}")
-    names = ("w_up", "b_up", "w_gate", "b_gate", "w_down", "b_down")
-    options = _Options(ACTIVATIONS.index(GATED_ACTIVATIONS[activation]), dropout_p)
     tensors = (x, w_up, b_up, w_gate, b_gate, w_down, b_down, residual)
+    index = ACTIVATIONS.index(GATED_ACTIVATIONS[activation])
+    if dropout_p == 0 and w_gate is not None and cpu_in_short(implementation):
+        out = _in_short(tensors, index, recompute)
+        if out is not None:
+            return out
+    names = ("w_up", "b_up", "w_gate", "b_gate", "w_down", "b_down")
+    options = _Options(index, dropout_p)
     return _feed_forward("glu_ffn", names, tensors, options, rng_state, recompute, implementation)
 
 
@@ -231,10 +245,6 @@ def _feed_forward(
     implementation: str,
 ) -> Tensor:
     gated = op == "glu_ffn"
-    if options.dropout_p == 0 and cpu_in_short(implementation) and (not gated or tensors[3] is not None):
-        out = _in_short(tensors, options.activation, recompute)
-        if out is not None:
-            return out
     x = _validate.tensor("x", tensors[0])
     tensors = _validate.autocast(x.device.type, *tensors)
     x = _check(names, tensors, gated)
@@ -266,23 +276,20 @@ def _in_short(tensors: tuple[Any, ...], activation: int, recompute: bool) -> Ten
     try:
         recorded = records(*tensors)
         x, *parameters, residual = tensors
-        if recorded is None or not (x.is_contiguous() and x.is_floating_point()):
+        if recorded is None or not (x.is_contiguous() and x.is_floating_point()) or torch.is_autocast_enabled("cpu"):
             return None
-        if _validate.autocast_dtype("cpu") is not None:
-            return None
-        lead = None
+        rows = x
         if x.dim() != 2:
-            lead = x.shape[:-1]
             if residual is not None:
-                if residual.shape[:-1] != lead:
+                if residual.shape[:-1] != x.shape[:-1]:
                     return None
                 residual = residual.flatten(0, -2)
-            x = x.flatten(0, -2)
+            rows = x.flatten(0, -2)
         if recorded:
-            out = apply(_FFN, x, *parameters, residual, None, False, recompute, activation, 0.0)[0]
+            out = _feed_forward_recorded(rows, *parameters, residual, None, False, recompute, activation, 0.0)
         else:
-            out = _forward(x, *parameters, residual, activation, 0.0, None, False)[0]
-        return out if lead is None else out.view(lead + out.shape[1:])
+            out = _forward(rows, *parameters, residual, activation, 0.0, None, False)[0]
+        return out if rows is x else _validate.as_rows_of(out, x)
     except REFUSALS:
         return None
 

@@ -12,6 +12,7 @@ from fastattn.ops import _validate
 from fastattn.ops._derivatives import (
     REFUSALS,
     apply,
+    first_result,
     forward_mode,
     pullback_of_gradient,
     pushforward,
@@ -68,6 +69,9 @@ class _LinearDual(_Linear):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (dy,) = pushforward(_formula, 1, ctx.saved_tensors, tangents[:4])
         return dy
+
+
+_linear_recorded = first_result(_Linear)
 
 
 class _LinearGradient(torch.autograd.Function):
@@ -156,15 +160,16 @@ def _in_short(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
         if _validate.autocast_dtype("cpu") is not None:
             return None
         if x.dim() == 2:
-            return apply(_Linear, x, weight, bias, residual, False) if recorded else _forward(x, weight, bias, residual)
-        lead = x.shape[:-1]
+            return (
+                _linear_recorded(x, weight, bias, residual, False) if recorded else _forward(x, weight, bias, residual)
+            )
         if residual is not None:
-            if residual.shape[:-1] != lead:
+            if residual.shape[:-1] != x.shape[:-1]:
                 return None
             residual = residual.flatten(0, -2)
         tensors = (x.flatten(0, -2), weight, bias, residual)
-        y = apply(_Linear, *tensors, False) if recorded else _forward(*tensors)
-        return y.view(lead + y.shape[1:])
+        y = _linear_recorded(*tensors, False) if recorded else _forward(*tensors)
+        return _validate.as_rows_of(y, x)
     except REFUSALS:
         return None
 

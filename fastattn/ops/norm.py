@@ -16,6 +16,7 @@ from fastattn.ops import _validate
 from fastattn.ops._derivatives import (
     REFUSALS,
     apply,
+    first_result,
     forward_mode,
     pullback_of_gradient,
     pushforward,
@@ -69,7 +70,7 @@ class _Norm(torch.autograd.Function):
             ctx.save_for_forward(x, residual, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None, *_: Any) -> tuple[Any, ...]:
         x, residual, weight, bias, h, mean, rstd = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(x)
@@ -112,6 +113,9 @@ class _NormDual(_Norm):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         dy, dh = pushforward(_formula(_Options(*ctx.options), ctx.rng_state), 2, ctx.saved_tensors[:4], tangents[:4])
         return dy, dh if ctx.changed else dh.new_zeros(0), None, None
+
+
+_norm_recorded = first_result(_Norm)
 
 
 class _NormGradient(torch.autograd.Function):
@@ -292,12 +296,15 @@ def _in_short(
                 return None
             flat = x.flatten(0, -2)
             flat_residual = None if residual is None else residual.flatten(0, -2)
+        if recorded and not return_residual:
+            y = _norm_recorded(flat, flat_residual, weight, bias, None, False, eps, rms, 0.0)
+            return y if len(shape) == 2 else y.view_as(x)
         if recorded:
             y, h, _, _ = apply(_Norm, flat, flat_residual, weight, bias, None, False, eps, rms, 0.0)
         else:
             y, h, _, _ = _forward(flat, flat_residual, weight, bias, eps, rms, 0.0, None)
         if len(shape) != 2:
-            y, h = y.view(shape), h if residual is None else h.view(shape)
+            y, h = y.view_as(x), h if residual is None else h.view_as(x)
         if not return_residual:
             return y
         return y, x if residual is None else h

@@ -14,9 +14,10 @@ import torch
 
 from fastattn import __main__ as cli
 from fastattn import ops
-from fastattn.cli import bench, cases, measure, peers, sweep
+from fastattn.cli import bench, cases, measure, overhead, peers, sweep
 from fastattn.cli.cases import Case
 from fastattn.cli.plain import plain_outputs
+from fastattn.ops._library import has_cpu
 
 CPU = torch.device("cpu")
 
@@ -229,3 +230,17 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"fastattn\[bench\]"):
         bench.plot(_made_up_rows(), tmp_path / "speed.png")
+
+
+@pytest.mark.skipif(not has_cpu, reason="needs the C++ core")
+def test_overhead_compares_the_function_with_its_own_operator(capsys, monkeypatch):
+    cli.main(["bench", "overhead", "--seconds", "0.01", "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["op"], row["mode"]) for row in rows] == list(
+        itertools.product(("attention", "layer_norm", "ffn"), ("no grad", "grad", "step"))
+    )
+    assert all(row["verdict"] == "ok" and row["on_top"] == row["function"] - row["kernel"] for row in rows)
+    other = dataclasses.replace(next(overhead.calls()), function=lambda q, k, v: q + k + v)
+    assert overhead.missed(overhead.measured(other, "no grad", 0.01))
+    overhead.render([overhead.Overhead("attention", "grad", "FAILED")])
+    assert "missed: attention, grad" in capsys.readouterr().out
