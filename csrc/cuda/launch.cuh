@@ -45,6 +45,16 @@ struct DeviceFacts {
 };
 const DeviceFacts& device_facts(int device);  // throws std::runtime_error
 
+// Whether the device runs the object's machine code for sm_90a. Where that was not compiled, Hopper runs the PTX of
+// another architecture, which has neither clusters nor a wait for the previous grid.
+inline bool runs_sm90([[maybe_unused]] int device) {
+#if defined(FASTATTN_CUDA_SM90)
+  return device_facts(device).capability == 90;
+#else
+  return false;
+#endif
+}
+
 struct StreamLaunch {
   cudaStream_t stream;
 

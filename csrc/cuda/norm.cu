@@ -9,12 +9,7 @@ namespace {
 
 // Blocks of a cluster to a row on this device, 0 where a block takes it.
 int cluster_for(int device, int64_t columns, const Tensor& rows, int vectors) {
-#if defined(FASTATTN_CUDA_SM90)
-  if (device_facts(device).capability == 90) {
-    return norm_cluster(columns, static_cast<int>(rows.element_size()), vectors);
-  }
-#endif
-  return 0;
+  return runs_sm90(device) ? norm_cluster(columns, static_cast<int>(rows.element_size()), vectors) : 0;
 }
 
 }  // namespace
@@ -54,7 +49,7 @@ NormResults norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tens
   } else {
     launch_norm_backward(p, launch);
   }
-  launch_norm_reduce(p, device_facts(device).capability == 90, launch);
+  launch_norm_reduce(p, runs_sm90(device), launch);
   return results;
 }
 

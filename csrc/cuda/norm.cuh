@@ -424,7 +424,7 @@ inline void launch_norm_backward_in_clusters(const NormBackwardParams& p, int bl
   });
 }
 
-// What follows either: the chunks' sums, added up. `overlapped`: the device is of sm_90.
+// What follows either: the chunks' sums, added up. `overlapped`: runs_sm90.
 template <class Launch>
 inline void launch_norm_reduce(const NormBackwardParams& p, bool overlapped, const Launch& launch) {
   const bool both = p.dweight != nullptr && p.dbias != nullptr;
