@@ -190,7 +190,7 @@ def _demangled(binaries: dict[str, Binary]) -> dict[str, Binary]:
     names = subprocess.run(["c++filt"], input="\n".join(binaries), capture_output=True, text=True, check=True).stdout
     for binary, name in zip(binaries.values(), names.splitlines(), strict=True):
         short = re.sub(r"fastattn::|cuda::|\(anonymous namespace\)::", "", name.removeprefix("void "))
-        short = re.sub(r"\((?:int|bool|unsigned int|long)\)", "", short)
+        short = re.sub(r"\([\w ]+\)(?=-?\d)", "", short)  # template arguments with their type: (int)128
         binary.kernel = short[: _end_of_name(short)].replace("> >", ">>")
     return binaries
 
