@@ -34,6 +34,10 @@ arguments = {
     "attention_append": (q, q, q, q, q, None, None, 0.3, -1, 0, 0.0, table, None),
     "norm_forward": (x, None, None, None, 1e-5, False, 0.0, None),
     "norm_backward": (x, None, x, None, x[:, 0], x[:, 0], True, 0.0, None, False, False),
+    "linear_forward": (x, x, None, None),
+    "linear_backward": (x, x, x, True, True, True),
+    "ffn_forward": (x, x, None, None, None, x, None, None, 0, 0.0, None, False),
+    "ffn_backward": (x, x, x, None, x, x, x, 0, 0.0, None, True, True, True),
 }
 for name, values in arguments.items():
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CUDA"):
@@ -137,9 +141,11 @@ def test_needs_neither_python_nor_cuda(build: Path) -> None:
 
 
 #: What each operator says of CPU tensors.
-REFUSALS = {"norm_forward": "x", "norm_backward": "h"} | dict.fromkeys(
-    ("attention_forward", "attention_inference", "attention_append"), "q"
-)
+REFUSALS = {
+    **{"norm_forward": "x", "norm_backward": "h"},
+    **dict.fromkeys(("attention_forward", "attention_inference", "attention_append"), "q"),
+    **dict.fromkeys(("linear_forward", "linear_backward", "ffn_forward", "ffn_backward"), "x"),
+}
 
 
 def _check_refusals(library: Path, *operators: str) -> None:

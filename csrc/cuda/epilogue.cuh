@@ -353,23 +353,35 @@ __global__ void __launch_bounds__(kEpilogueThreads)
 // Chunks of rows of a column sum, by the shape alone.
 inline int64_t sum_chunks(int64_t rows) { return std::max<int64_t>(1, std::min<int64_t>(256, ceil_div(rows, 256))); }
 
-// p's epilogue of a product in memory, or of the float32 slices of one.
-template <class T, class S, class Launch>
-void launch_epilogue(const GemmCall& p, const S* product, const S* gate_product, const Launch& launch) {
+inline LaunchConfig epilogue_config(const GemmCall& p) {
+  return {ceil_div(p.M, kRowsOfBlock) * ceil_div(p.N, kUnitsOfBlock * kUnit), kEpilogueThreads};
+}
+
+// p's epilogue of products in memory.
+template <class T, class Launch>
+void launch_epilogue(const GemmCall& p, const T* product, const T* gate_product, const Launch& launch) {
   if (p.M == 0 || p.N == 0) return;
-  const int64_t blocks = ceil_div(p.M, kRowsOfBlock) * ceil_div(p.N, kUnitsOfBlock * kUnit);
   const auto run = [&](auto* kernel) {
-    launch("product_epilogue", kernel, LaunchConfig{blocks, kEpilogueThreads}, p, product, gate_product);
+    launch("product_epilogue", kernel, epilogue_config(p), p, product, gate_product);
   };
   switch (p.epilogue) {
     case Epilogue::kStore:
-      return run(epilogue_kernel<T, S, Epilogue::kStore, false>);
+      return run(epilogue_kernel<T, T, Epilogue::kStore, false>);
     case Epilogue::kActivation:
-      return p.second_apart ? run(epilogue_kernel<T, S, Epilogue::kActivation, true>)
-                            : run(epilogue_kernel<T, S, Epilogue::kActivation, false>);
+      return p.second_apart ? run(epilogue_kernel<T, T, Epilogue::kActivation, true>)
+                            : run(epilogue_kernel<T, T, Epilogue::kActivation, false>);
     case Epilogue::kActivationGrad:
-      return run(epilogue_kernel<T, S, Epilogue::kActivationGrad, false>);
+      return run(epilogue_kernel<T, T, Epilogue::kActivationGrad, false>);
   }
+}
+
+// Epilogue::kStore of the slices that the GEMM kernels left in p.parts.
+template <class T, class Launch>
+void launch_slice_sum(GemmCall p, const Launch& launch) {
+  if (p.M == 0 || p.N == 0) return;
+  const float* parts = p.parts;
+  p.parts = nullptr;
+  launch("product_epilogue", epilogue_kernel<T, float, Epilogue::kStore, false>, epilogue_config(p), p, parts, nullptr);
 }
 
 // sums (N,) in D = Σ over the M rows of x; partial: (sum_chunks(M), N) float32, read only if there are several.

@@ -132,6 +132,7 @@ template <class T, Epilogue kEpilogue, bool kGated, bool kAcrossA, bool kAcrossB
 __global__ void __launch_bounds__(GemmSm80::kThreads, 2) gemm_sm80_kernel(GemmCall p) {
   using Block = GemmSm80Block<T, kGated, kAcrossA, kAcrossB>;
   constexpr int kStages = GemmSm80::kStages;
+  note_dynamic_shared<GemmSm80::kSharedBytes>();
   char* const shared = dynamic_shared();
   const GemmWork work = GemmWork::of<GemmSm80::kRows, Block::kColumns, GemmSm80::kStep>(p);
   const TilePosition tile = work.tile(blockIdx.x);

@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(GemmSm90::kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmCall p, const __grid_constant__ GemmMaps maps) {
   using Block = GemmSm90Block<T, kGated, kAcrossA, kAcrossB>;
   constexpr int kWarpgroup = 128, kWarpgroupWarps = 4;
+  note_dynamic_shared<GemmSm90::kSharedBytes>();
   char* const shared = dynamic_shared();
   uint64_t* const full = reinterpret_cast<uint64_t*>(shared + GemmSm90::kBarriers);
   uint64_t* const empty = full + GemmSm90::kStages;

@@ -10,14 +10,16 @@
 namespace fastattn {
 namespace cuda {
 
-// libtorch_cuda.so exists in CUDA builds of torch only, so its stream accessor is looked up when first needed, not
-// linked: one object for CUDA and CPU builds.
+// A function of libtorch_cuda.so, or null. It exists in CUDA builds of torch only, so what is needed of it is looked up
+// when first needed, not linked: one object for CUDA and CPU builds.
+inline void* torch_cuda_function(const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  return library ? dlsym(library, name) : nullptr;
+}
+
 inline cudaStream_t current_stream(int32_t device) {
   using Accessor = AOTITorchError (*)(int32_t, void**);
-  static const Accessor accessor = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Accessor>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
+  static const auto accessor = reinterpret_cast<Accessor>(torch_cuda_function("aoti_torch_get_current_cuda_stream"));
   FASTATTN_CHECK(accessor != nullptr, "this build of torch has no CUDA");
   void* stream = nullptr;
   FASTATTN_CHECK(accessor(device, &stream) == 0, "torch gave no CUDA stream");

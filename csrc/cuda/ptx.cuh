@@ -160,7 +160,7 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
 }
 
 // The driver's CUtensorMap, made by make_tensor_map (tensor_map.h).
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   char opaque[128];
 };
 

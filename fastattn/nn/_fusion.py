@@ -51,14 +51,14 @@ def is_plain_linear(module: Any) -> bool:
     return runs_only(module, nn.Linear) and _are_plain(module.weight, module.bias)
 
 
-def _has_linear(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> bool:
-    """Whether fastattn's linear operations have the implementation and the tensors are plain and not nested."""
-    return _are_plain(weight, bias) and not x.is_nested and asked(implementation) != "cuda"
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether fastattn's linear operations take such tensors: plain ones, not nested."""
+    return _are_plain(weight, bias) and not x.is_nested
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
     """``x weightᵀ + bias`` by :func:`fastattn.linear` where that can, else by torch."""
-    if not _has_linear(x, weight, bias, implementation):
+    if not _takes(x, weight, bias):
         return F.linear(x, weight, bias)
     return linear(x, weight, bias, implementation=implementation)
 
@@ -66,9 +66,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str)
 def classify(x: Tensor, weight: Tensor, target: Tensor, implementation: str) -> Tensor:
     """The mean cross-entropy of the logits ``x weightᵀ``, x (T, K) and target (T,): -100 is ignored.
 
-    By :func:`fastattn.linear_cross_entropy` where that can, else by torch from logits in the accumulation dtype.
+    By :func:`fastattn.linear_cross_entropy` where that can, else (there is none in CUDA) by torch from logits in the accumulation
+    dtype.
     """
-    if not _has_linear(x, weight, None, implementation):
+    if not _takes(x, weight, None) or asked(implementation) == "cuda":
         logits = F.linear(x, weight)
         return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), target.long())
     return linear_cross_entropy(x, weight, target.long(), implementation=implementation)

@@ -193,6 +193,13 @@ def triton_why_not(*tensors: Tensor | None) -> str | None:
     return None if tensors[0] is None else triton_dtype(tensors[0].dtype)
 
 
+def cuda_product_why_not(x: Tensor) -> str | None:
+    """Why the CUDA products do not take x, or None."""
+    if x.dtype.itemsize == 2:
+        return None
+    return f"{str(x.dtype).removeprefix('torch.')} (the CUDA products are for float16 and bfloat16)"
+
+
 def _no_cpu(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}"

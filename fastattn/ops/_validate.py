@@ -47,9 +47,9 @@ def shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
-def readable(x: Tensor | None, in_place: bool) -> Tensor | None:
-    """x as kernels read it: contiguous; ``in_place`` as Triton's products do, a matrix where its rows or columns are."""
-    if x is None or (in_place and x.dim() == 2 and 1 in x.stride()):
+def readable(x: Tensor | None, triton: bool) -> Tensor | None:
+    """x as kernels read it: contiguous; on a GPU a matrix in place where its rows are, by Triton also where its columns are."""
+    if x is None or (x.dim() == 2 and ((x.is_cuda and x.stride(1) == 1) or (triton and 1 in x.stride()))):
         return x
     return x.contiguous()
 

@@ -23,7 +23,7 @@ from fastattn.ops._derivatives import (
     wants_gradient,
 )
 from fastattn.ops._library import products
-from fastattn.ops._select import choose, cpu_in_short, triton_why_not
+from fastattn.ops._select import choose, cpu_in_short, cuda_product_why_not, triton_why_not
 from fastattn.reference.ffn import ACTIVATIONS, GATED_ACTIVATIONS, ffn_rows
 
 __all__ = ["ffn", "glu_ffn"]
@@ -58,9 +58,10 @@ def _preactivations(
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """What forward would have saved, bit for bit."""
-    if triton:
+    if triton or x.is_cuda:
         # No outputs: the first product alone.
-        _, pre, gate = _triton_forward(x, w_in, b_in, w_gate, b_gate, w_out[:0], None, None, 0, 0.0, None, True)
+        forward = _triton_forward if triton else _forward
+        _, pre, gate = forward(x, w_in, b_in, w_gate, b_gate, w_out[:0], None, None, 0, 0.0, None, True)
         return pre, gate
     return _linear(x, w_in, b_in, None), x.new_empty(0) if w_gate is None else _linear(x, w_gate, b_gate, None)
 
@@ -181,7 +182,7 @@ def ffn(
         dropout_p: in [0, 1), on the hidden units. rng_state: as in :func:`fastattn.attention`.
         recompute: training keeps x and the weights only, and backward computes the pre-activations (M · F, twice that with a
             gate) again, with the same bits: one product more of the four (six) that follow a forward pass, for their memory.
-        implementation: auto | triton | cpu | reference.
+        implementation: auto | cuda | triton | cpu | reference.
 
     Returns:
         (..., O) in x's dtype. Training keeps the pre-activations for backward unless ``recompute``.
@@ -249,7 +250,7 @@ def _feed_forward(
     tensors = _validate.autocast(x.device.type, *tensors)
     x = _check(names, tensors, gated)
     _validate.dropout(options.dropout_p)
-    why_not = {"cpu": lambda: None, "triton": lambda: triton_why_not(x)}
+    why_not = {"cuda": lambda: cuda_product_why_not(x), "cpu": lambda: None, "triton": lambda: triton_why_not(x)}
     chosen = choose(op, implementation, x.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p)
 

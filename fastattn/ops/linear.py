@@ -20,7 +20,7 @@ from fastattn.ops._derivatives import (
     wants_gradient,
 )
 from fastattn.ops._library import products
-from fastattn.ops._select import choose, cpu_in_short, triton_why_not
+from fastattn.ops._select import choose, cpu_in_short, cuda_product_why_not, triton_why_not
 from fastattn.reference.linear import linear as reference_linear
 
 __all__ = ["linear"]
@@ -110,13 +110,13 @@ def linear(
     """The linear map ``x weightᵀ + bias + residual``.
 
     Positional arguments as ``torch.nn.functional.linear``. Sums, bias and residual are added in float32 (float64 for float64)
-    and rounded once; only where ``triton`` leaves the product to cuBLAS is that rounded before the residual is added.
+    and rounded once; only where ``triton`` or ``cuda`` leaves the product to cuBLAS is that rounded before the residual is added.
 
     Args:
         x: (..., K), float64/32/16 or bfloat16; everything below has its dtype and device.
         weight: (N, K), bias: (N,).
         residual: (..., N), x's leading dimensions.
-        implementation: auto | triton | cpu | reference.
+        implementation: auto | cuda | triton | cpu | reference.
 
     Returns:
         (..., N) in x's dtype.
@@ -131,7 +131,11 @@ def linear(
     _validate.tensor("x", x)
     tensors = _validate.autocast(x.device.type, x, weight, bias, residual)
     x, weight, bias, residual = _check(*tensors)
-    why_not = {"cpu": lambda: None, "triton": lambda: triton_why_not(x, weight, residual)}
+    why_not = {
+        "cuda": lambda: cuda_product_why_not(x),
+        "cpu": lambda: None,
+        "triton": lambda: triton_why_not(x, weight, residual),
+    }
     chosen = choose("linear", implementation, x.device, why_not)
     if chosen == "reference":
         return reference_linear(x, weight, bias, residual=residual)

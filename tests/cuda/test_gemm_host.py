@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.reference.ffn import ACTIVATIONS, FUNCTIONS
@@ -82,9 +81,13 @@ class Call(ctypes.Structure):
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     loaded = compiled("gemm_host.cpp", Path(tmp_path_factory.mktemp("cuda")))
-    for name in ("sum_chunks", "gemm_row_blocks"):
+    for name in ("sum_chunks", "gemm_row_blocks", "work"):
         getattr(loaded, name).restype = ctypes.c_int64
-    loaded.sum_chunks.argtypes = [ctypes.c_int64]
+    n = ctypes.c_int64
+    loaded.sum_chunks.argtypes = [n]
+    loaded.slices_of.argtypes = [n] * 5
+    loaded.work.argtypes = [n, n, n, ctypes.c_int, ctypes.c_void_p]
+    loaded.column_sum.argtypes = [ctypes.c_bool, ctypes.c_void_p, n, n, n, ctypes.c_void_p, ctypes.c_void_p]
     yield loaded
 
 
@@ -262,3 +265,95 @@ def test_activation_gradients(kernels, gated, activation, dtype, kernel):
     options = {"epilogue": ACTIVATION_GRAD, "activation": activation, "kernel": kernel}
     Case(a, b, dropout_p=0.25, pre=pre, gate=gate, **options).check(kernels)
     Case(a, b, pre=pre, gate=gate, wants="dpre dgate", **options).check(kernels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_epilogue_of_products_in_memory(kernels, gated, dtype):
+    m, n, k = 66, 140, 24
+    a, b, b_gate = _operand(m, k, dtype), _operand(n, k, dtype), _operand(n, k, dtype) if gated else None
+    options = {"epilogue": ACTIVATION, "activation": "silu", "dropout_p": 0.4, "kernel": "epilogue"}
+    Case(a, b, b_gate, bias=[None, torch.randn(n).to(dtype) if gated else None], **options).check(kernels)
+    Case(a, b, residual=torch.randn(m, n).to(dtype), kernel="epilogue").check(kernels)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_slices_are_added_in_order(kernels, kernel):
+    # 9 and 5 steps: slices of unequal length, the last ones empty for sm90.
+    a, b = _operand(40, 270, torch.bfloat16, across=True), _operand(72, 270, torch.bfloat16, across=True)
+    case = Case(a, b, slices=4, kernel=kernel)
+    case.check(kernels)
+    assert torch.equal(case.run(kernels)["c"], case.run(kernels)["c"])
+
+
+def test_no_terms_leave_the_bias(kernels):
+    for kernel in ("sm80", "epilogue"):
+        bias = torch.randn(24).half()
+        case = Case(torch.empty(3, 0).half(), torch.empty(24, 0).half(), bias=[bias, None], kernel=kernel)
+        assert torch.equal(case.run(kernels)["c"], bias.expand(3, 24))
+
+
+def test_a_row_does_not_depend_on_the_others(kernels):
+    a, b = _operand(131, 72, torch.bfloat16), _operand(40, 72, torch.bfloat16)
+    for kernel in KERNELS:
+        whole = Case(a, b, kernel=kernel).run(kernels)["c"]
+        assert torch.equal(whole[130:], Case(a[130:], b, kernel=kernel).run(kernels)["c"])
+        gated = Case(a, b, b, epilogue=ACTIVATION, kernel=kernel).run(kernels)
+        assert torch.equal(gated["pre"], whole) and torch.equal(gated["gate"], whole)
+
+
+@pytest.mark.parametrize("shape", [(5, 130), (300, 70), (9000, 12)], ids=lambda s: "x".join(map(str, s)))
+def test_column_sums(kernels, shape):
+    for skew, dtype in ((0, torch.bfloat16), (8, torch.float16), (1, torch.float16)):
+        x = _operand(*shape, dtype, skew=skew)
+        partial = torch.full((kernels.sum_chunks(shape[0]), shape[1]), torch.nan)
+        sums = torch.full(shape[1:], torch.nan, dtype=dtype)
+        pointers = partial.data_ptr(), sums.data_ptr()
+        kernels.column_sum(dtype == torch.float16, x.data_ptr(), x.stride(0), *shape, *pointers)
+        assert_accurate(sums, x.sum(0), x.double().sum(0), "sums", terms=shape[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1000, 300, 77, 1), (2500, 4000, 64, 3), (129, 1200, 1000, 16)])
+def test_every_tile_and_step_is_visited_once(kernels, shape):
+    m, n, k, slices = shape
+    items = kernels.work(m, n, k, slices, None)
+    found = torch.empty(items, 5, dtype=torch.int64)
+    kernels.work(m, n, k, slices, found.data_ptr())
+    rows, columns, steps = (-(-extent // tile) for extent, tile in ((m, 128), (n, 128), (k, 32)))
+    visits = torch.zeros(rows, columns, steps, dtype=torch.int64)
+    for row, column, _, begin, end in found.tolist():
+        visits[row, column, begin:end] += 1
+    assert visits.eq(1).all()
+    # Tiles that run at the same time share operands: 64 of them lie within 8 row blocks.
+    if slices == 1 and items >= 64:
+        assert found[:64, 0].max() < 8
+
+
+def test_slices_fill_a_gpu_and_stay_long(kernels):
+    assert kernels.slices_of(768, 768, 16384, 128, 128) == 3
+    assert kernels.slices_of(128, 128, 16384, 128, 128) == 16
+    assert kernels.slices_of(128, 128, 1024, 128, 128) == 2
+    assert kernels.slices_of(4096, 4096, 16384, 128, 128) == 1
+
+
+@pytest.mark.parametrize("chunks", [4, 8, 16])
+def test_shared_memory_chunks_meet_no_bank_twice(kernels, chunks):
+    place = lambda row, chunk: kernels.swizzled_chunk(chunks, row, chunk)
+    assert {place(r, c) for r in range(32) for c in range(chunks)} == set(range(32 * chunks))
+    # Eight lanes of ldmatrix: consecutive rows at one chunk. Eight lanes of cp.async: consecutive chunks.
+    for r in range(0, 32, 8):
+        for c in range(chunks):
+            assert len({place(r + i, c) % 8 for i in range(8)}) == 8
+    for i in range(0, 32 * chunks, 8):
+        assert len({place((i + j) // chunks, (i + j) % chunks) % 8 for j in range(8)}) == 8
+
+
+@pytest.mark.parametrize("columns", [32, 64])
+def test_staged_accumulators_meet_no_bank_twice(kernels, columns):
+    units = columns // 8
+    offsets = {kernels.stage_offset(columns, r, u) for r in range(16) for u in range(units)}
+    assert offsets == set(range(0, 16 * columns, 8))
+    for unit in range(units):
+        for first in range(0, 16, 4):  # half a warp stores pairs: four rows, eight columns
+            words = [kernels.stage_offset(columns, first + r, unit) + c for r in range(4) for c in range(8)]
+            assert len({word % 32 for word in words}) == 32

@@ -212,7 +212,7 @@ BAD = [
     ({"x": torch.ones(2, 8).int()}, TypeError, "x: got dtype"),
     ({"residual": torch.ones(2, 12)}, ValueError, "residual: expected shape (2, 4)"),
     ({"dropout_p": 2.0}, ValueError, "dropout_p: got 2.0"),
-    ({"implementation": "cuda"}, NotImplementedError, "not written for ffn"),
+    ({"implementation": "cuda"}, NotImplementedError, "the tensors are on cpu"),
 ]
 
 

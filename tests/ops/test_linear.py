@@ -127,7 +127,7 @@ BAD = [
     ({"residual": torch.ones(2, 12).half()}, TypeError, "residual: dtype"),
     ({"x": torch.ones(2, 8).int()}, TypeError, "x: got dtype"),
     ({"x": torch.tensor(1.0)}, ValueError, "x: expected at least 1 dimension"),
-    ({"implementation": "cuda"}, NotImplementedError, "not written for linear"),
+    ({"implementation": "cuda"}, NotImplementedError, "the tensors are on cpu"),
 ]
 
 
