@@ -106,6 +106,20 @@ def test_errors_name_kernel_configuration_and_cause(tmp_path: Path) -> None:
         assert re.fullmatch("fastattn: " + pattern, line), line
 
 
+def test_torch_says_whether_it_is_to_be_deterministic() -> None:
+    """By the names that ``csrc/cuda/operator.h`` looks up."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    context, question = library._ZN2at13globalContextEv, library._ZNK2at7Context23deterministicAlgorithmsEv
+    context.restype, question.argtypes, question.restype = ctypes.c_void_p, [ctypes.c_void_p], ctypes.c_bool
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        for enabled in (True, False):
+            torch.use_deterministic_algorithms(enabled)
+            assert question(context()) is enabled
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_architectures_follow_from_the_file_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "csrc" / "cuda"
     folder.mkdir(parents=True)

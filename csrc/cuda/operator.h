@@ -26,6 +26,18 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// torch.are_deterministic_algorithms_enabled(), which torch's C interface has no question for: at::globalContext() and
+// at::Context::deterministicAlgorithms() of libtorch_cpu.so, as they have been called since torch 1.8. True where they
+// are not.
+inline bool deterministic_algorithms() {
+  using GlobalContext = void* (*)();
+  using Question = bool (*)(const void*);
+  static const auto context = reinterpret_cast<GlobalContext>(dlsym(RTLD_DEFAULT, "_ZN2at13globalContextEv"));
+  static const auto question =
+      reinterpret_cast<Question>(dlsym(RTLD_DEFAULT, "_ZNK2at7Context23deterministicAlgorithmsEv"));
+  return context == nullptr || question == nullptr || question(context());
+}
+
 // allocate(shape, type): an empty tensor on the device of `like`, which outlives it.
 inline auto allocator(const Tensor& like) {
   return [&like](std::initializer_list<int64_t> shape, ScalarType type) {

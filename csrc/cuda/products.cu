@@ -21,17 +21,6 @@ GemmCall make_call(const LinearParams& p, int64_t residual_stride) {
   return call;
 }
 
-// torch's answer to are_deterministic_algorithms_enabled(), which its C interface does not give: true if it cannot be
-// asked.
-bool deterministic() {
-  using GlobalContext = void* (*)();
-  using Question = bool (*)(const void*);
-  static const auto context = reinterpret_cast<GlobalContext>(dlsym(RTLD_DEFAULT, "_ZN2at13globalContextEv"));
-  static const auto question =
-      reinterpret_cast<Question>(dlsym(RTLD_DEFAULT, "_ZNK2at7Context23deterministicAlgorithmsEv"));
-  return context == nullptr || question == nullptr || question(context());
-}
-
 // libtorch_cuda.so's products, of an interface in C; looked up like its stream.
 struct TorchProducts {
   AOTITorchError (*mm)(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b);
@@ -70,7 +59,7 @@ Products::Products(const Tensor& x) : like_(x) {
 // Without a committed measurement torch's: cuBLAS's product cannot be slower than itself, and the kernel after it
 // passes memory as often as plain PyTorch's first one does. But cuBLAS picks its algorithm by the number of rows, so
 // that a row's bits depend on the others: not where torch is asked to be deterministic.
-bool Products::own_kernel() const { return deterministic(); }
+bool Products::own_kernel() const { return deterministic_algorithms(); }
 
 void Products::run(const LinearParams& p, int64_t residual_stride) const {
   if (p.M == 0 || p.N == 0) return;
@@ -79,12 +68,7 @@ void Products::run(const LinearParams& p, int64_t residual_stride) const {
 }
 
 void Products::run_own(GemmCall p) const {
-  const DeviceFacts& device = device_facts(device_);
-#if defined(FASTATTN_CUDA_SM90)
-  const bool wgmma = device.capability == 90 && gemm_sm90_takes(p);
-#else
-  const bool wgmma = false;
-#endif
+  const bool wgmma = runs_sm90(device_) && gemm_sm90_takes(p);
   Tensor parts;
   if (p.epilogue == Epilogue::kStore && p.product[0].a_transposed) {
     p.slices = slices_of(p.M, p.N, p.K, GemmSm80::kRows, wgmma ? GemmSm90::columns(false) : GemmSm80::columns(false));
@@ -93,7 +77,7 @@ void Products::run_own(GemmCall p) const {
     parts = empty({p.slices, p.M, p.N}, ScalarType::Float);
     p.parts = static_cast<float*>(parts.mutable_data_ptr());
   }
-  wgmma ? run_gemm_sm90(p, device.multiprocessors, stream_) : run_gemm_sm80(p, stream_);
+  wgmma ? run_gemm_sm90(p, device_facts(device_).multiprocessors, stream_) : run_gemm_sm80(p, stream_);
   if (p.slices == 1) return;
   with_type(p.dtype,
             [&](auto* type) { launch_slice_sum<std::remove_pointer_t<decltype(type)>>(p, StreamLaunch{stream_}); });

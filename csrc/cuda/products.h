@@ -13,7 +13,11 @@ namespace cuda {
 
 // p on mma.sync, and on wgmma for operands of which gemm_sm90_takes(p).
 void run_gemm_sm80(const GemmCall& p, cudaStream_t stream);
+#if defined(FASTATTN_CUDA_SM90)
 void run_gemm_sm90(const GemmCall& p, int multiprocessors, cudaStream_t stream);
+#else
+inline void run_gemm_sm90(const GemmCall&, int, cudaStream_t) {}  // runs_sm90 is false
+#endif
 
 class Products {
  public:
