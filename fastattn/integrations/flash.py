@@ -49,7 +49,7 @@ def _cpu_forward(
     """(output, logsumexp (B, H, Nq))."""
     mask = None if attn_mask is None else _check_mask(attn_mask, query, key)
     options = _options(query, dropout_p, is_causal, scale)
-    return _forward(query, key, value, mask, None, None, *options, _validate.rng_state(None, dropout_p))[:2]
+    return _forward(query, key, value, mask, None, None, *options, _validate.rng_state(None, dropout_p, query))[:2]
 
 
 def _cpu_backward(
@@ -84,7 +84,7 @@ def _cuda_forward(
     """(output, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, rng_state, unused, debug_attn_mask), as the operator's schema."""
     if return_debug_mask:
         raise NotImplementedError("fastattn: return_debug_mask: probabilities are never in memory")
-    rng_state = _validate.rng_state(None, dropout_p)
+    rng_state = _validate.rng_state(None, dropout_p, query)
     options = _options(query, dropout_p, is_causal, scale)
     out, lse = _triton_forward(query, key, value, None, None, None, *options, rng_state)[:2]
     nothing = query.new_empty(0)

@@ -216,7 +216,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, average: bool
     ) -> tuple[Tensor, Tensor]:
         """Output (B, H, L, D), with the bits of ``_attend``, and the weights after dropout (B, H, L, S) or (B, L, S)."""
-        rng_state = _validate.rng_state(None, dropout_p)
+        rng_state = _validate.rng_state(None, dropout_p, q)
         sinks = self._sinks(q)
         common: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout_p, "rng_state": rng_state}
         found: Any = attention(q, k, v, **common, sinks=sinks, return_lse=True, implementation=self.implementation)

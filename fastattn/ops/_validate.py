@@ -81,10 +81,15 @@ def positive_finite(name: str, value: float) -> float:
     return float(value)
 
 
-def rng_state(state: Tensor | None, dropout_p: float) -> Tensor | None:
-    """The (seed, offset) of a call with dropout: the given one, or a fresh draw from torch's CPU generator."""
+def rng_state(state: Tensor | None, dropout_p: float, x: Tensor) -> Tensor | None:
+    """The (seed, offset) of a call on x with dropout: the given one, or a fresh draw from torch's CPU generator."""
     if dropout_p == 0:
         return None
+    if hasattr(x, "placements"):
+        raise NotImplementedError(
+            f"dropout_p: got {dropout_p}, but on sharded tensors (DTensor) only 0 is allowed: the mask is drawn by an element's "
+            "index in the whole tensor, which a rank does not know"
+        )
     if state is None:
         return torch.randint(0, 2**32, (2,), dtype=torch.int64)
     if tensor("rng_state", state).dtype != torch.int64 or state.shape != (2,) or state.device.type != "cpu":

@@ -375,7 +375,7 @@ def _attend(
         "triton": lambda: _triton_why_not(q, k, v),
     }
     chosen = choose("attention", implementation, q.device, why_not)
-    rng_state = _validate.rng_state(rng_state, options.dropout_p)
+    rng_state = _validate.rng_state(rng_state, options.dropout_p, q)
     if fresh is not None:
         if chosen in ("cuda", "triton") and _appends_in_launch(q, k, v, fresh, alibi_slopes, sinks):
             scale, left, right, _, softcap, _ = options

@@ -112,7 +112,7 @@ def attention_weights(
     options = _options(q, softmax_scale, causal, window_size, k.shape[2] - q.shape[2], softcap, dropout_p)
     if options.dropout_p > 0 and rng_state is None:
         raise ValueError("rng_state: None, but weights after dropout need that of the attention call")
-    rng_state = _validate.rng_state(rng_state, options.dropout_p)
+    rng_state = _validate.rng_state(rng_state, options.dropout_p, q)
     accumulate = accumulation_dtype(q.dtype)
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, q, k)

@@ -252,7 +252,7 @@ def _feed_forward(
     _validate.dropout(options.dropout_p)
     why_not = {"cuda": lambda: cuda_product_why_not(x), "cpu": lambda: None, "triton": lambda: triton_why_not(x)}
     chosen = choose(op, implementation, x.device, why_not)
-    rng_state = _validate.rng_state(rng_state, options.dropout_p)
+    rng_state = _validate.rng_state(rng_state, options.dropout_p, x)
 
     rows = math.prod(x.shape[:-1])
     *parameters, residual = tensors[1:]

@@ -330,7 +330,7 @@ def _norm(
         weight, bias = _about_one(x, weight, bias)
     why_not = {"cuda": lambda: None, "cpu": lambda: None, "triton": lambda: triton_why_not(x, residual)}
     chosen = choose(op, implementation, x.device, why_not)
-    rng_state = _validate.rng_state(rng_state, options.dropout_p)
+    rng_state = _validate.rng_state(rng_state, options.dropout_p, x)
 
     as_rows = x.dim() == 2 and len(shape) == 1
     flat, flat_residual, flat_weight, flat_bias = x, residual, weight, bias

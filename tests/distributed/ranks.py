@@ -104,13 +104,21 @@ def one_key_head_is_not_split(mesh: DeviceMesh) -> None:
 
 @check
 def dropout_is_refused(mesh: DeviceMesh) -> None:
-    q = distribute_tensor(draw(2, 2, 5, 8), mesh, [S0])
-    try:
-        fastattn.attention(q, q, q, dropout_p=0.5)
-    except (NotImplementedError, RuntimeError) as error:
-        assert "dropout on sharded tensors" in str(error) or "mixed torch.Tensor and DTensor" in str(error), error
-        return
-    raise AssertionError("dropout went through")
+    for placement in (S0, R):
+        q = distribute_tensor(draw(2, 2, 5, 8), mesh, [placement])
+        w = distribute_tensor(draw(8, 8), mesh, [R])
+        for call in (
+            lambda q=q: fastattn.attention(q, q, q, dropout_p=0.5),
+            lambda q=q: fastattn.scaled_dot_product_attention(q, q, q, None, 0.5),
+            lambda q=q: fastattn.layer_norm(q, (8,), dropout_p=0.5),
+            lambda q=q, w=w: fastattn.ffn(q, w, w, dropout_p=0.5),
+        ):
+            try:
+                call()
+            except NotImplementedError as error:
+                assert "on sharded tensors (DTensor) only 0 is allowed" in str(error), error
+            else:
+                raise AssertionError("dropout went through")
 
 
 @check

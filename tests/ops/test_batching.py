@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tolerance import assert_accurate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,8 +75,55 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], list[int | None]]] =
     "glu_ffn": (lambda x, r: fastattn.glu_ffn(x, GATE, UP, DOWN, residual=r), [_draw(5, 6), _draw(5, 6)], [0, 1]),
     "rope": (lambda x: fastattn.rope(x, COS, SIN), [_draw(2, 3, 4, 8)], [3]),
 }
-#: A gradient that is a sum over a call (a broadcast mask's) takes a call a sample.
-SUMMED = ("attention, keys shared", "attention, mask")
+TARGETS = torch.tensor([[3, 0, -100, 5, 9], [1, 1, 2, -100, -100], [9, 8, 7, 6, 5]])
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "softcap": 5.0, "z_loss": 0.01}
+CLASS_WEIGHT = _draw(10).abs() + 0.1
+CASES |= {
+    f"cross_entropy, {reduction}": (
+        lambda x, r=reduction: fastattn.cross_entropy(x, TARGETS[0], CLASS_WEIGHT, reduction=r, **OPTIONS),
+        [_draw(5, 10)],
+        [1],
+    )
+    for reduction in ("none", "sum", "mean")
+}
+CASES |= {
+    f"linear_cross_entropy, {reduction}": (
+        lambda x, r=reduction: fastattn.linear_cross_entropy(x, W, TARGETS[1], B1, reduction=r, **OPTIONS),
+        [_draw(5, 6)],
+        [2],
+    )
+    for reduction in ("none", "sum", "mean")
+}
+
+
+def _sinks(q: Tensor, k: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+    out, lse = fastattn.attention(q, k, k, alibi_slopes=slopes, sinks=sinks, causal=True, softcap=3.0, return_lse=True)
+    return out * lse.unsqueeze(-1)
+
+
+#: Functions of tensors that all samples share but the first; gradients of each sample with respect to every one of them.
+PARAMETERS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "attention": (_sinks, [_draw(2, 4, 5, 8), _draw(2, 2, 7, 8), _draw(4).abs(), _draw(4)]),
+    "attention, one sequence": (_sinks, [_draw(1, 4, 5, 8), _draw(1, 2, 7, 8), _draw(1, 4).abs(), _draw(4)]),
+    "attention, mask": (_attention, [_draw(2, 4, 5, 8), _draw(2, 2, 7, 8), _draw(2, 2, 7, 6), _draw(1, 4, 1, 7)]),
+    "layer_norm": (lambda x, w, b: fastattn.layer_norm(x, (6,), w, b), [_draw(2, 5, 6), W[0], W[1]]),
+    "rms_norm": (
+        lambda x, w, r: fastattn.rms_norm(x, (6,), w, residual=r),
+        [_draw(5, 6), W[0], _draw(5, 6) / 3],
+    ),
+    "linear": (lambda x, w, b: fastattn.linear(x, w, b), [_draw(2, 5, 6), W, B1]),
+    **{
+        f"ffn, {activation}": (
+            lambda x, a, b, c, d, act=activation: fastattn.ffn(x, a, b, c, d, activation=act),
+            [_draw(5, 6), UP, DOWN, _draw(9), _draw(6)],
+        )
+        for activation in ("relu", "gelu", "gelu_tanh", "silu")
+    },
+    "glu_ffn": (
+        lambda x, g, u, d, c: fastattn.glu_ffn(x, g, u, d, c),
+        [_draw(5, 6), GATE, UP, DOWN, _draw(9)],
+    ),
+}
 
 
 def _stacked(case: str) -> tuple[Callable[..., Tensor], list[Tensor], list[int | None], list[list[Tensor]]]:
@@ -104,12 +153,60 @@ def test_gradients(case: str) -> None:
     gradient = torch.func.grad(lambda *tensors: function(*tensors).float().square().sum(), argnums=moving)
     with Calls() as calls:
         found = torch.func.vmap(gradient, in_dims=tuple(dims))(*stacked)
-    if case not in SUMMED:
-        # rope's gradient is rope again
-        assert max(calls.found.values()) == (2 if case == "rope" else 1), calls.found
+    # rope's gradient is rope again
+    assert max(calls.found.values()) == (2 if case == "rope" else 1), calls.found
     for i, sample in enumerate(samples):
         for mine, expected in zip(found, gradient(*sample), strict=True):
             torch.testing.assert_close(mine[i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_gradients_of_shared_parameters(case: str, dtype: torch.dtype) -> None:
+    """What differential privacy and influence functions ask for: each sample's gradient of the weights, without a call for it."""
+    function, tensors = PARAMETERS[case]
+    tensors = [t.to(dtype) for t in tensors]
+    samples = torch.stack([tensors[0] * (1 + i) - i for i in range(SAMPLES)])
+    every = tuple(range(len(tensors)))
+    gradient = torch.func.grad(lambda *t: function(*t).float().square().sum(), argnums=every)
+    with Calls() as calls:
+        found = torch.func.vmap(gradient, in_dims=(0, *[None] * (len(tensors) - 1)))(samples, *tensors[1:])
+    assert max(calls.found.values()) == 1, calls.found
+    for i in range(SAMPLES):
+        exact = gradient(*(t.double() for t in (samples[i], *tensors[1:])))
+        plain = gradient(samples[i], *tensors[1:])
+        for mine, alone, reference in zip(found, plain, exact, strict=True):
+            assert mine[i].dtype == alone.dtype
+            assert_accurate(mine[i], alone, reference, case, terms=400)
+
+
+def test_targets_and_weights_of_their_own() -> None:
+    x, w = _draw(SAMPLES, 5, 6), _draw(SAMPLES, 10, 6)
+    for reduction in ("none", "sum", "mean"):
+        loss = functools.partial(fastattn.cross_entropy, reduction=reduction)
+        logits = _draw(SAMPLES, 5, 10)
+        with Calls() as calls:
+            found = torch.func.vmap(loss)(logits, TARGETS)
+        assert max(calls.found.values()) == 1
+        torch.testing.assert_close(found, torch.stack([loss(a, b) for a, b in zip(logits, TARGETS, strict=True)]))
+    gradient = torch.func.grad(lambda *t: fastattn.linear(*t).square().sum(), argnums=(0, 1))
+    with Calls() as calls:
+        found = torch.func.vmap(gradient)(x, w)
+    assert not calls.found  # one batched product is PyTorch's
+    for i in range(SAMPLES):
+        for mine, alone in zip(found, gradient(x[i], w[i]), strict=True):
+            torch.testing.assert_close(mine[i], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_without_tokens_to_count() -> None:
+    """Its mean is NaN, its gradient and the others' are not touched by it."""
+    target = torch.tensor([[1, 2], [-100, -100]])
+    logits = _draw(2, 2, 5)
+    losses = torch.func.vmap(fastattn.cross_entropy)(logits, target)
+    assert losses[1].isnan() and torch.equal(losses[0], fastattn.cross_entropy(logits[0], target[0]))
+    gradient = torch.func.vmap(torch.func.grad(fastattn.cross_entropy))(logits, target)
+    expected = torch.stack([torch.func.grad(fastattn.cross_entropy)(logits[i], target[i]) for i in range(2)])
+    torch.testing.assert_close(gradient, expected, equal_nan=True)
 
 
 def test_nested() -> None:
@@ -119,8 +216,9 @@ def test_nested() -> None:
 
 
 def test_a_call_a_sample_where_samples_cannot_be_joined() -> None:
-    x, w = _draw(SAMPLES, 5, 6), _draw(SAMPLES, 10, 6)
-    torch.testing.assert_close(torch.func.vmap(fastattn.linear)(x, w), x @ w.mT)
+    x, w = _draw(SAMPLES, 5, 6), _draw(SAMPLES, 6)
+    expected = torch.nn.functional.layer_norm(x, (6,)) * w[:, None]
+    torch.testing.assert_close(torch.func.vmap(lambda x, w: fastattn.layer_norm(x, (6,), w))(x, w), expected)
     rng = torch.tensor([3, 4])
     q = _draw(SAMPLES, 1, 2, 5, 8)
     dropped = torch.func.vmap(lambda q: fastattn.attention(q, q, q, dropout_p=0.5, rng_state=rng))(q)
