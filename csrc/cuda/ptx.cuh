@@ -8,6 +8,20 @@
 
 #include "cuda/common.cuh"
 
+namespace fastattn {
+namespace cuda {
+
+// A tensor as TMA reads it, innermost extent first, in elements; strides[0] is 1.
+template <int kRank>
+struct TensorBoxes {
+  const void* data;
+  int64_t extents[kRank], strides[kRank];
+  int box[kRank];
+};
+
+}  // namespace cuda
+}  // namespace fastattn
+
 #if defined(__CUDACC__)
 
 namespace fastattn {
@@ -125,6 +139,18 @@ __device__ inline void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Arrives at that barrier without waiting: `threads` are those that arrive and those that wait.
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// 2^x to two units in the last place; what is subnormal becomes 0.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // What follows is of sm_90a.
 
 // Registers of each thread of the warpgroup from here on; all its warps call.
@@ -159,7 +185,7 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// The driver's CUtensorMap, made by make_tensor_map (tensor_map.h).
+// The driver's CUtensorMap, made by tensor_map.h.
 struct alignas(128) TensorMap {
   char opaque[128];
 };
@@ -173,6 +199,19 @@ __device__ inline void tma_load_2d(void* to, const TensorMap& map, uint64_t* bar
       "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row)
       : "memory");
 }
+
+// The same of a tensor with five extents, whose box lies as its innermost lines, one after the other.
+__device__ inline void tma_load_5d(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1, int c2, int c3,
+                                   int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+// Makes what the thread stored in shared memory visible to wgmma and TMA.
+__device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A matrix operand of wgmma in shared memory, in 128-byte swizzled rows: K-major (rows along K) with `stride` bytes
 // from one group of 8 rows to the next, or MN-major (rows across K) with `stride` from 8 terms to the next 8 and
@@ -189,6 +228,13 @@ __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.al
 template <int kPending>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// After a wait: no use of these sums may be moved before it.
+template <int kSums>
+__device__ inline void wgmma_fence_sums(float (&d)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define FASTATTN_REGISTERS_0                                                         \
@@ -238,6 +284,68 @@ __device__ inline void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
   }
 #undef FASTATTN_WGMMA_N256
 }
+
+#define FASTATTN_REGISTERS_0_TO_31                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTATTN_REGISTERS_0_TO_39 FASTATTN_REGISTERS_0_TO_31 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define FASTATTN_REGISTERS_0_TO_47 FASTATTN_REGISTERS_0_TO_39 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define FASTATTN_REGISTERS_64_TO_95                                                  \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FASTATTN_SUMS_32(i) FASTATTN_SUMS_8(i), FASTATTN_SUMS_8(i + 8), FASTATTN_SUMS_8(i + 16), FASTATTN_SUMS_8(i + 24)
+#define FASTATTN_SUMS_40 FASTATTN_SUMS_32(0), FASTATTN_SUMS_8(32)
+#define FASTATTN_SUMS_48 FASTATTN_SUMS_40, FASTATTN_SUMS_8(40)
+#define FASTATTN_SUMS_96 FASTATTN_SUMS_64(0), FASTATTN_SUMS_32(64)
+#define FASTATTN_SUMS_128 FASTATTN_SUMS_64(0), FASTATTN_SUMS_64(64)
+
+// d = a bᵀ, or d += a bᵀ if `add`, in T: 64 rows and N = 2 kSums columns, both in shared memory and K-major.
+#define FASTATTN_WGMMA_SCORES(N, SUMS, registers, sums, a_at, b_at, add_at)                                    \
+  template <class T>                                                                                           \
+  __device__ inline void wgmma_scores(float (&d)[SUMS], uint64_t a, uint64_t b, bool add) {                    \
+    if constexpr (std::is_same_v<T, BFloat16>) {                                                               \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" N \
+                   "k16.f32.bf16.bf16 {" registers "}, %" a_at ", %" b_at ", add, 1, 1, 0, 0;\n}"              \
+                   : sums                                                                                      \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                              \
+    } else {                                                                                                   \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" N \
+                   "k16.f32.f16.f16 {" registers "}, %" a_at ", %" b_at ", add, 1, 1, 0, 0;\n}"                \
+                   : sums                                                                                      \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                              \
+    }                                                                                                          \
+  }
+FASTATTN_WGMMA_SCORES("64", 32, FASTATTN_REGISTERS_0_TO_31, FASTATTN_SUMS_32(0), "32", "33", "34")
+FASTATTN_WGMMA_SCORES("80", 40, FASTATTN_REGISTERS_0_TO_39, FASTATTN_SUMS_40, "40", "41", "42")
+FASTATTN_WGMMA_SCORES("96", 48, FASTATTN_REGISTERS_0_TO_47, FASTATTN_SUMS_48, "48", "49", "50")
+FASTATTN_WGMMA_SCORES("128", 64, FASTATTN_REGISTERS_0, FASTATTN_SUMS_64(0), "64", "65", "66")
+#undef FASTATTN_WGMMA_SCORES
+
+// d += a b in T: a, 64 rows of 16 terms, in registers laid out as mma_m16n8k16's of each warp; b in shared memory,
+// MN-major, N = 2 kSums columns.
+#define FASTATTN_WGMMA_VALUES(N, SUMS, registers, sums, a0, a1, a2, a3, b_at)                                         \
+  template <class T>                                                                                                  \
+  __device__ inline void wgmma_values(float (&d)[SUMS], const uint32_t (&a)[4], uint64_t b) {                         \
+    if constexpr (std::is_same_v<T, BFloat16>) {                                                                      \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16 {" registers "}, {%" a0 ", %" a1 ", %" a2 \
+                   ", %" a3 "}, %" b_at ", 1, 1, 1, 1;"                                                               \
+                   : sums                                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                             \
+    } else {                                                                                                          \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32.f16.f16 {" registers "}, {%" a0 ", %" a1 ", %" a2   \
+                   ", %" a3 "}, %" b_at ", 1, 1, 1, 1;"                                                               \
+                   : sums                                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                             \
+    }                                                                                                                 \
+  }
+FASTATTN_WGMMA_VALUES("64", 32, FASTATTN_REGISTERS_0_TO_31, FASTATTN_SUMS_32(0), "32", "33", "34", "35", "36")
+FASTATTN_WGMMA_VALUES("96", 48, FASTATTN_REGISTERS_0_TO_47, FASTATTN_SUMS_48, "48", "49", "50", "51", "52")
+FASTATTN_WGMMA_VALUES("128", 64, FASTATTN_REGISTERS_0, FASTATTN_SUMS_64(0), "64", "65", "66", "67", "68")
+FASTATTN_WGMMA_VALUES("192", 96, FASTATTN_REGISTERS_0 ", " FASTATTN_REGISTERS_64_TO_95, FASTATTN_SUMS_96, "96", "97",
+                      "98", "99", "100")
+FASTATTN_WGMMA_VALUES("256", 128, FASTATTN_REGISTERS_0 ", " FASTATTN_REGISTERS_64, FASTATTN_SUMS_128, "128", "129",
+                      "130", "131", "132")
+#undef FASTATTN_WGMMA_VALUES
 
 }  // namespace cuda
 }  // namespace fastattn

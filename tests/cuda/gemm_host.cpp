@@ -17,11 +17,7 @@ namespace {
 template <class T>
 void run_sm90(const GemmCall& p) {
   if (!cuda::gemm_sm90_takes(p)) return cuda::launch_gemm_sm80<T>(p, host_cuda::Launch{});
-  const auto make_map = [](const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
-                           int box_columns) {
-    return cuda::TensorMap{static_cast<const uint16_t*>(data), rows, columns, stride, box_rows, box_columns};
-  };
-  cuda::launch_gemm_sm90<T>(p, 3, make_map, host_cuda::Launch{});
+  cuda::launch_gemm_sm90<T>(p, 3, cuda::matrix_map, host_cuda::Launch{});
 }
 
 // The product in float32 slices as gemm_sm80 cuts it, or (kernel "epilogue") its product in T, then the epilogue

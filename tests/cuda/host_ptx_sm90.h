@@ -1,19 +1,34 @@
 // The instructions of sm_90a in csrc/cuda/ptx.cuh on the host model of a block, by the layouts of the PTX manual.
 //
-// TMA and wgmma act at once, where the hardware takes its time: what a missing wait or fence would break is not seen
-// here. mbarriers do wait, and a ring that cannot go on is a deadlock.
+// The hardware takes its time with TMA and wgmma. Here both act at once, or (late) as late as they may: bytes land when
+// a thread waits for their barrier, and a product reads its operands and writes its sums when its thread waits for its
+// group. Each of the two sees other missing waits. mbarriers do wait, and a ring that cannot go on is a deadlock. What
+// a missing fence would break is not seen.
 #pragma once
+
+#include <functional>
 
 #include "host_ptx.h"
 
 namespace fastattn {
 namespace cuda {
 
-inline void named_barrier_sync(int id, int threads) {
+// Whether TMA and wgmma act late.
+inline bool late = false;
+
+inline host_cuda::Barrier& named_barrier(int id, int threads) {
   static host_cuda::Barrier barriers[16];
+  if (id < 0 || id >= 16 || threads % 32 != 0) std::abort();
   barriers[id].size = threads;
-  host_cuda::wait(barriers[id]);
+  return barriers[id];
 }
+inline void named_barrier_sync(int id, int threads) { host_cuda::wait(named_barrier(id, threads)); }
+inline void named_barrier_arrive(int id, int threads) {
+  host_cuda::Barrier& barrier = named_barrier(id, threads);
+  if (++barrier.arrived == barrier.size) host_cuda::release(barrier);
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
 
 template <int kRegisters>
 inline void set_max_registers_down() {}
@@ -31,6 +46,10 @@ inline HostBarrier& host_barrier(uint64_t* barrier) { return *reinterpret_cast<H
 
 inline void mbarrier_count(uint64_t* barrier, int arrivals, int bytes) {
   HostBarrier& b = host_barrier(barrier);
+  if (b.pending < arrivals) {
+    std::fprintf(stderr, "more arrivals at an mbarrier than its %d\n", b.count);
+    std::abort();
+  }
   b.pending -= arrivals, b.bytes += bytes;
   if (b.pending != 0 || b.bytes != 0) return;
   b.parity = !b.parity, b.pending = b.count;
@@ -42,36 +61,104 @@ inline void mbarrier_init(uint64_t* barrier, int count) {
 inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_count(barrier, 1, 0); }
 inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) { mbarrier_count(barrier, 1, bytes); }
+// Copies under way whose bytes have not landed, by barrier.
+struct HostCopy {
+  uint64_t* barrier;
+  std::function<void()> land;
+};
+inline std::vector<HostCopy> host_copies;
+
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
-  while (host_barrier(barrier).parity == static_cast<bool>(parity)) host_cuda::yield();
+  while (host_barrier(barrier).parity == static_cast<bool>(parity)) {
+    std::vector<HostCopy> due;
+    for (size_t i = 0; i < host_copies.size();) {
+      if (host_copies[i].barrier == barrier) {
+        due.push_back(std::move(host_copies[i]));
+        host_copies.erase(host_copies.begin() + static_cast<int64_t>(i));
+      } else {
+        ++i;
+      }
+    }
+    for (const HostCopy& copy : due) copy.land();
+    if (due.empty()) host_cuda::yield();
+  }
 }
 
-// A matrix of 16-bit elements and its box, extents and stride in elements.
+// A tensor of 16-bit elements and its box, extents and strides in elements, innermost first.
 struct TensorMap {
   const uint16_t* data;
-  int64_t rows, columns, stride;
-  int box_rows, box_columns;
+  int64_t extents[5], strides[5];
+  int box[5];
 };
+
+inline TensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                            int box_columns) {
+  return {static_cast<const uint16_t*>(data),
+          {columns, rows, 1, 1, 1},
+          {1, stride, 0, 0, 0},
+          {box_columns, box_rows, 1, 1, 1}};
+}
 
 // Bits 4 to 6 of an address in shared memory change by bits 7 to 9.
 inline char* swizzled_128(int64_t address) { return dynamic_shared() + (address ^ (address >> 7 & 7) << 4); }
 
-inline void tma_load_2d(void* to, const TensorMap& map, uint64_t* barrier, int column, int row) {
-  const int64_t start = static_cast<char*>(to) - dynamic_shared();
-  for (int r = 0; r < map.box_rows; ++r) {
-    for (int c = 0; c < map.box_columns; ++c) {
-      const bool inside = row + r < map.rows && column + c < map.columns;
-      const uint16_t x = inside ? map.data[(row + r) * map.stride + column + c] : 0;
-      std::memcpy(swizzled_128(start + (r * map.box_columns + c) * 2), &x, sizeof x);
-    }
+inline void tma_load_5d(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4) {
+  const int64_t start = static_cast<char*>(to) - dynamic_shared(), corner[5] = {c0, c1, c2, c3, c4};
+  int64_t count = 1;
+  for (const int n : map.box) count *= n;
+  if (start % 1024 != 0 || map.box[0] * 2 > 128 || reinterpret_cast<uintptr_t>(map.data) % 16 != 0) {
+    std::fprintf(stderr, "TMA: the tile is not at a multiple of 1024 bytes, or its rows exceed the swizzle's\n");
+    std::abort();
   }
-  mbarrier_count(barrier, 0, -map.box_rows * map.box_columns * 2);
+  const auto land = [=, &map] {
+    for (int64_t i = 0; i < count; ++i) {
+      bool inside = true;
+      int64_t offset = 0, rest = i;
+      for (int dim = 0; dim < 5; rest /= map.box[dim], ++dim) {
+        const int64_t at = corner[dim] + rest % map.box[dim];
+        inside &= at >= 0 && at < map.extents[dim];
+        offset += at * map.strides[dim];
+      }
+      const uint16_t x = inside ? map.data[offset] : 0;
+      std::memcpy(swizzled_128(start + i * 2), &x, sizeof x);
+    }
+    mbarrier_count(barrier, 0, static_cast<int>(-count * 2));
+  };
+  if (late) {
+    host_copies.push_back({barrier, land});
+  } else {
+    land();
+  }
+}
+
+inline void tma_load_2d(void* to, const TensorMap& map, uint64_t* barrier, int column, int row) {
+  tma_load_5d(to, map, barrier, column, row, 0, 0, 0);
+}
+
+inline void fence_async_shared() {}
+
+// Products of a thread that were started, by group; the last group is open.
+inline std::deque<std::vector<std::function<void()>>> host_products[1024];
+
+template <class F>
+inline void start_product(const F& product) {
+  if (!late) return product();
+  auto& groups = host_products[host_cuda::current];
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back(product);
 }
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
+inline void wgmma_commit() { host_products[host_cuda::current].emplace_back(); }
 template <int kPending>
-inline void wgmma_wait() {}
+inline void wgmma_wait() {
+  auto& groups = host_products[host_cuda::current];
+  for (; groups.size() > kPending + 1; groups.pop_front()) {
+    for (const auto& product : groups.front()) product();
+  }
+}
+template <int kSums>
+inline void wgmma_fence_sums(float (&)[kSums]) {}
 
 inline uint64_t wgmma_descriptor(const void* p, int leading, int stride) {
   const uint64_t address = static_cast<const char*>(p) - dynamic_shared();
@@ -90,23 +177,62 @@ inline float described(uint64_t descriptor, bool across, int line, int k) {
   return widen(x);
 }
 
-template <class T, bool kAcrossA, bool kAcrossB, int kSums>
-inline void wgmma(float (&d)[kSums], uint64_t a, uint64_t b) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  float rows[2][16];
-  for (int half = 0; half < 2; ++half) {
-    for (int k = 0; k < 16; ++k) {
-      rows[half][k] = described<T>(a, kAcrossA, warp * 16 + lane / 4 + 8 * half, k);
-    }
-  }
+// d = or += rows b, where a lane has its two lines of 16 terms and b is described.
+template <class T, int kSums>
+inline void multiply_lines(float (&d)[kSums], const float (&rows)[2][16], uint64_t b, bool across, bool add) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = 0; i < kSums / 2; ++i) {
     const int group = i / 2, e = i % 2;
     float column[16];
-    for (int k = 0; k < 16; ++k) column[k] = described<T>(b, kAcrossB, group * 8 + lane % 4 * 2 + e, k);
+    for (int k = 0; k < 16; ++k) column[k] = described<T>(b, across, group * 8 + lane % 4 * 2 + e, k);
     for (int half = 0; half < 2; ++half) {
-      for (int k = 0; k < 16; ++k) d[group * 4 + half * 2 + e] += rows[half][k] * column[k];
+      float& sum = d[group * 4 + half * 2 + e];
+      if (!add) sum = 0;
+      for (int k = 0; k < 16; ++k) sum += rows[half][k] * column[k];
     }
   }
+}
+
+template <class T, int kSums>
+inline void wgmma_described(float (&d)[kSums], uint64_t a, uint64_t b, bool across_a, bool across_b, bool add) {
+  start_product([=, &d] {
+    const int warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = static_cast<int>(threadIdx.x) % 32;
+    float rows[2][16];
+    for (int half = 0; half < 2; ++half) {
+      for (int k = 0; k < 16; ++k) {
+        rows[half][k] = described<T>(a, across_a, warp * 16 + lane / 4 + 8 * half, k);
+      }
+    }
+    multiply_lines<T>(d, rows, b, across_b, add);
+  });
+}
+
+template <class T, bool kAcrossA, bool kAcrossB, int kSums>
+inline void wgmma(float (&d)[kSums], uint64_t a, uint64_t b) {
+  wgmma_described<T>(d, a, b, kAcrossA, kAcrossB, true);
+}
+
+template <class T, int kSums>
+inline void wgmma_scores(float (&d)[kSums], uint64_t a, uint64_t b, bool add) {
+  wgmma_described<T>(d, a, b, false, false, add);
+}
+
+// The registers of a are exchanged at the start; that they must not change before the wait is not seen.
+template <class T, int kSums>
+inline void wgmma_values(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b) {
+  struct Lines {
+    float of[2][16];
+  } lines;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int i = 0; i < 4; ++i) {
+    const auto given = host_cuda::give(a[i]);
+    for (int t = 0; t < 4; ++t) {
+      for (int half = 0; half < 2; ++half) {
+        lines.of[i % 2][i / 2 * 8 + t * 2 + half] = half_of<T>(given[lane / 4 * 4 + t], half);
+      }
+    }
+  }
+  start_product([=, &d] { multiply_lines<T>(d, lines.of, b, true, true); });
 }
 
 }  // namespace cuda

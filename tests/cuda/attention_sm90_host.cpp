@@ -1,0 +1,43 @@
+// The kernels of csrc/cuda/attention_sm90_forward.cuh on the CPU, behind plain C functions for
+// tests/cuda/test_attention_sm90_host.py.
+// clang-format off
+#include "host_ptx_sm90.h"  // first: it gives the rest its CUDA words
+#include "cuda/attention_sm90_forward.cuh"
+// clang-format on
+
+using namespace fastattn;
+
+extern "C" {
+
+// Whether the kernel takes the call; then its results, from so many persistent blocks.
+bool attention_sm90_forward(const AttentionParams* p, int blocks, bool late) {
+  if (!cuda::attention_sm90_takes(*p)) return false;
+  const auto make_map = [](const cuda::AttentionSm90Tensor& x) {
+    cuda::TensorMap map;
+    map.data = static_cast<const uint16_t*>(x.data);
+    std::memcpy(map.extents, x.extents, sizeof x.extents);
+    std::memcpy(map.strides, x.strides, sizeof x.strides);
+    std::memcpy(map.box, x.box, sizeof x.box);
+    return map;
+  };
+  cuda::late = late;
+  const host_cuda::Launch launch;
+  if (p->dtype == DType::kFloat16) {
+    cuda::launch_attention_sm90_forward<Half>(*p, blocks, make_map, launch);
+  } else {
+    cuda::launch_attention_sm90_forward<BFloat16>(*p, blocks, make_map, launch);
+  }
+  return true;
+}
+
+// Of each tile in the order in which blocks take them: batch, group, first line, whether it exists; returns how many.
+int64_t attention_tiles(const AttentionParams* p, int tile_lines, int pack, int64_t* out) {
+  const cuda::AttentionTiling tiling = cuda::attention_tiling(*p, tile_lines, pack);
+  for (int64_t i = 0; out != nullptr && i < tiling.tiles(); ++i, out += 4) {
+    const cuda::AttentionTile tile = cuda::attention_tile(*p, tiling, i);
+    out[0] = tile.batch, out[1] = tile.group, out[2] = tile.first_line, out[3] = tile.exists(pack);
+  }
+  return tiling.tiles();
+}
+
+}  // extern "C"
