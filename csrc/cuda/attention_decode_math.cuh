@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/attention_decode_parts.cuh"
+#include "cuda/attention_softmax.cuh"
 #include "cuda/ptx.cuh"
 
 namespace fastattn {
@@ -31,16 +32,6 @@ struct DecodeTile {
 template <int kChunks>
 __host__ __device__ inline int tile_offset(int line, int chunk) {
   return line * (16 * kChunks) + chunk / 8 * 128 + (chunk % 8 ^ line % 8) * 16;
-}
-
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// Two values as the halves of a register, the first in the lower.
-template <class T>
-__device__ inline uint32_t pack_pair(float first, float second) {
-  T values[2];
-  narrow(first, values), narrow(second, values + 1);
-  return values[0].bits | static_cast<uint32_t>(values[1].bits) << 16;
 }
 
 template <class T, int kD>

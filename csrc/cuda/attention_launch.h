@@ -12,5 +12,16 @@ namespace cuda {
 // channels. p.aligned is set here.
 void launch_attention_decode(const DecodeParams& p, const StreamLaunch& launch);
 
+// Compiled for sm_90a alone. Taken: float16 and bfloat16, up to 256 channels, rows and addresses of q, k and v in
+// multiples of 16 bytes, no pages; any number of rows and every feature of a score. Fills p.out, and p.lse unless it is
+// null.
+#if defined(FASTATTN_CUDA_SM90)
+bool attention_forward_sm90_takes(const AttentionParams& p);
+void launch_attention_forward_sm90(const AttentionParams& p, int multiprocessors, const StreamLaunch& launch);
+#else
+inline bool attention_forward_sm90_takes(const AttentionParams&) { return false; }
+inline void launch_attention_forward_sm90(const AttentionParams&, int, const StreamLaunch&) {}
+#endif
+
 }  // namespace cuda
 }  // namespace fastattn

@@ -1,14 +1,14 @@
 // Instantiations of attention_sm90_forward.cuh: two dtypes, five widths of a head, plain and general scores.
-#include "cuda/attention_sm90.h"
+#include "cuda/attention_launch.h"
 #include "cuda/attention_sm90_forward.cuh"
 #include "cuda/tensor_map.h"
 
 namespace fastattn {
 namespace cuda {
 
-bool takes_attention_sm90_forward(const AttentionParams& p) { return attention_sm90_takes(p); }
+bool attention_forward_sm90_takes(const AttentionParams& p) { return attention_sm90_takes(p); }
 
-void launch_attention_sm90_forward(const AttentionParams& p, int multiprocessors, const StreamLaunch& launch) {
+void launch_attention_forward_sm90(const AttentionParams& p, int multiprocessors, const StreamLaunch& launch) {
   p.dtype == DType::kFloat16
       ? launch_attention_sm90_forward<Half>(p, multiprocessors, make_boxes_map<Half, 5>, launch)
       : launch_attention_sm90_forward<BFloat16>(p, multiprocessors, make_boxes_map<BFloat16, 5>, launch);

@@ -10,7 +10,7 @@ using namespace fastattn;
 extern "C" {
 
 // Whether the kernel takes the call; then its results, from so many persistent blocks.
-bool attention_sm90_forward(const AttentionParams* p, int blocks, bool late) {
+bool attention_sm90_forward(const AttentionParams* p, int blocks, bool late_copies) {
   if (!cuda::attention_sm90_takes(*p)) return false;
   const auto make_map = [](const cuda::AttentionSm90Tensor& x) {
     cuda::TensorMap map;
@@ -20,7 +20,7 @@ bool attention_sm90_forward(const AttentionParams* p, int blocks, bool late) {
     std::memcpy(map.box, x.box, sizeof x.box);
     return map;
   };
-  cuda::late = late;
+  cuda::late_copies = late_copies;
   const host_cuda::Launch launch;
   if (p->dtype == DType::kFloat16) {
     cuda::launch_attention_sm90_forward<Half>(*p, blocks, make_map, launch);

@@ -1,9 +1,9 @@
 // The instructions of sm_90a in csrc/cuda/ptx.cuh on the host model of a block, by the layouts of the PTX manual.
 //
-// The hardware takes its time with TMA and wgmma. Here both act at once, or (late) as late as they may: bytes land when
-// a thread waits for their barrier, and a product reads its operands and writes its sums when its thread waits for its
-// group. Each of the two sees other missing waits. mbarriers do wait, and a ring that cannot go on is a deadlock. What
-// a missing fence would break is not seen.
+// The hardware takes its time with TMA and wgmma. Here a copy lands at its start and a product is computed when its
+// thread waits for it; or (late_copies) bytes land when a thread waits for their barrier, and products are computed at
+// their start. A buffer that is given back too early is wrong in the first, one that is read too early in the second.
+// mbarriers do wait, and a ring that cannot go on is a deadlock. What a missing fence would break is not seen.
 #pragma once
 
 #include <functional>
@@ -13,8 +13,7 @@
 namespace fastattn {
 namespace cuda {
 
-// Whether TMA and wgmma act late.
-inline bool late = false;
+inline bool late_copies = false;
 
 inline host_cuda::Barrier& named_barrier(int id, int threads) {
   static host_cuda::Barrier barriers[16];
@@ -27,8 +26,6 @@ inline void named_barrier_arrive(int id, int threads) {
   host_cuda::Barrier& barrier = named_barrier(id, threads);
   if (++barrier.arrived == barrier.size) host_cuda::release(barrier);
 }
-
-inline float exp2_fast(float x) { return std::exp2(x); }
 
 template <int kRegisters>
 inline void set_max_registers_down() {}
@@ -59,7 +56,12 @@ inline void mbarrier_init(uint64_t* barrier, int count) {
   host_barrier(barrier) = {static_cast<uint8_t>(count), static_cast<uint8_t>(count), false, 0};
 }
 inline void mbarrier_init_fence() {}
-inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_count(barrier, 1, 0); }
+// Whoever waited for it goes on before its thread does.
+inline void mbarrier_arrive(uint64_t* barrier) {
+  mbarrier_count(barrier, 1, 0);
+  ++host_cuda::progress;
+  host_cuda::yield();
+}
 inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) { mbarrier_count(barrier, 1, bytes); }
 // Copies under way whose bytes have not landed, by barrier.
 struct HostCopy {
@@ -124,7 +126,7 @@ inline void tma_load_5d(void* to, const TensorMap& map, uint64_t* barrier, int c
     }
     mbarrier_count(barrier, 0, static_cast<int>(-count * 2));
   };
-  if (late) {
+  if (late_copies) {
     host_copies.push_back({barrier, land});
   } else {
     land();
@@ -142,7 +144,7 @@ inline std::deque<std::vector<std::function<void()>>> host_products[1024];
 
 template <class F>
 inline void start_product(const F& product) {
-  if (!late) return product();
+  if (late_copies) return product();
   auto& groups = host_products[host_cuda::current];
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back(product);

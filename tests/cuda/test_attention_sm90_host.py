@@ -1,8 +1,8 @@
 """The Hopper attention kernel, run on the CPU: producer and consumers, rings, turns, tiles, masks, against float64.
 
 Its own source runs with one fiber per CUDA thread; mbarriers, named barriers, TMA's swizzled boxes with zeros beyond the extents,
-and wgmma by its fragment layouts are those of ``host_ptx_sm90.h``. TMA and wgmma act at once in one run and as late as they may in
-another. Not seen here: missing fences between kinds of access, registers of a product that change before it ends, real
+and wgmma by its fragment layouts are those of ``host_ptx_sm90.h``. Copies land at once and products are computed late, or the other
+way round. Not seen here: missing fences between kinds of access, registers of a product that change before it ends, real
 concurrency, and whether the descriptors mean to the hardware what the PTX manual says.
 """
 
@@ -34,10 +34,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @dataclass
 class Run:
-    """``blocks``: persistent ones; ``late``: when TMA and wgmma act."""
+    """``blocks``: persistent ones; ``late_copies``: when TMA acts (``host_ptx_sm90.h``)."""
 
     blocks: int = 2
-    late: bool = False
+    late_copies: bool = False
     dropout_p: float = 0.0
 
 
@@ -54,7 +54,7 @@ def _run(kernels: ctypes.CDLL, call: Call, how: Run) -> tuple[Tensor, Tensor] | 
         seed, offset = RNG_STATE.tolist()
         p.dropout = Dropout(seed, offset, int(how.dropout_p * 2**32), 1 / (1 - how.dropout_p))
         p.dropout_scale = 1 / (1 - how.dropout_p)
-    return (out, lse) if kernels.attention_sm90_forward(ctypes.byref(p), how.blocks, how.late) else None
+    return (out, lse) if kernels.attention_sm90_forward(ctypes.byref(p), how.blocks, how.late_copies) else None
 
 
 def _reference(call: Call, dtype: torch.dtype, dropout_p: float) -> tuple[Tensor, Tensor]:
@@ -103,20 +103,20 @@ def _tensors(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
+@pytest.mark.parametrize("late", [False, True], ids=["late-products", "late-copies"])
 def test_every_tile(
     kernels: ctypes.CDLL, rows: int, keys: int, dims: tuple[int, int], dtype: torch.dtype, late: bool
 ) -> None:
     q, k, v = _tensors((1, 1), rows, keys, dims, dtype)
-    _check(kernels, Call(q, k, v, softmax_scale=dims[0] ** -0.5), Run(late=late))
+    _check(kernels, Call(q, k, v, softmax_scale=dims[0] ** -0.5), Run(late_copies=late))
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
+@pytest.mark.parametrize("late", [False, True], ids=["late-products", "late-copies"])
 def test_windows_over_several_tiles_of_a_block(kernels: ctypes.CDLL, late: bool) -> None:
     q, k, v = _tensors((2, 1), 300, 420, (64, 64))
     sinks = torch.randn(2)
     for window in ({"window_right": 0, "diagonal": 120}, {"window_left": 100, "window_right": 3, "diagonal": 60}):
-        _check(kernels, Call(q, k, v, softmax_scale=0.125, sinks=sinks, **window), Run(blocks=1, late=late))
+        _check(kernels, Call(q, k, v, softmax_scale=0.125, sinks=sinks, **window), Run(blocks=1, late_copies=late))
 
 
 def test_everything_that_touches_a_score(kernels: ctypes.CDLL) -> None:
@@ -137,7 +137,7 @@ def test_everything_that_touches_a_score(kernels: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("dims", [(128, 128), (192, 192), (256, 256)], ids=str)
 def test_general_scores_in_every_tile(kernels: ctypes.CDLL, dims: tuple[int, int]) -> None:
     q, k, v = _tensors((1, 1), 70, 140, dims)
-    _check(kernels, Call(q, k, v, softcap=5.0, softmax_scale=0.1), Run(late=True))
+    _check(kernels, Call(q, k, v, softcap=5.0, softmax_scale=0.1), Run(late_copies=True))
 
 
 def test_few_rows_take_the_heads_of_a_key_head_together(kernels: ctypes.CDLL) -> None:
@@ -155,7 +155,7 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
     k[:, :, 170:175], v[:, :, 170:175] = math.nan, math.nan
     for options in ({"window_right": 0}, {"softcap": 3.0}):
         for late in (False, True):
-            _check(kernels, Call(q, k, v, softmax_scale=0.125, sequences=sequences, **options), Run(late=late))
+            _check(kernels, Call(q, k, v, softmax_scale=0.125, sequences=sequences, **options), Run(late_copies=late))
     # A cache whose sequences have unequal lengths: what is beyond them may be anything.
     q, k, v = _tensors((2, 1), 17, 200, (128, 128), batch=2)
     lengths = [131, 64]
