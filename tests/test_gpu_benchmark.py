@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correctness, peers, plan, report, sanitizer, session, timing
+from benchmarks.gpu import correctness, peers, plan, report, sanitizer, session, timing, verdicts
 from fastattn.cli import cases, check
 from fastattn.cli.cases import Case
 from fastattn.cli.rows import Row
@@ -253,6 +253,29 @@ def test_a_wrong_result_is_the_exit_code(
     assert command.main(["--device", "cpu"]) == (0 if verdict == check.OK else 1)
     text = capsys.readouterr().out
     assert ("FAILED: attention [causal]" in text) == (verdict == check.FAILED) and "not every check was reached" in text
+
+
+def test_no_verdict_rests_on_deterministic_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    asked = []
+    monkeypatch.setattr(correctness, "run", lambda arguments, *_: asked.append(arguments) or ([], True))
+    monkeypatch.setattr(peers, "for_case", _some_peers)
+    wanted = plan.Measurement("norm", Case("rms_norm", (8, 16), {"weight": True}))
+    rows, before = [], torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        for flags in ([], ["--deterministic"]):
+            assert command.main(["--device", "cpu", *flags]) == 0
+            assert ("--deterministic" in asked[-1]) == bool(flags) == torch.are_deterministic_algorithms_enabled()
+            rows.append(next(_session().rows(wanted, 0.01, "float32")))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert [row.limits for row in rows] == ["", "deterministic algorithms"]
+    lines = [json.dumps(dataclasses.asdict(row) | {"arch": "sm_90"}) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert [row["limits"] for row in verdicts.rows_of(tmp_path)] == [""]
 
 
 def test_a_process_that_dies_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                               all of it within 8 minutes
     python -m benchmarks.gpu --quick --only norm           one size of each norm
     python -m benchmarks.gpu --implementation cuda         the C++ kernels; compute-sanitizer over the small checks first
+    python -m benchmarks.gpu --only ffn,linear --deterministic    products by fastattn's own kernels, where else cuBLAS's are taken
     TRITON_INTERPRET=1 python -m benchmarks.gpu --device cpu    the checks alone, in Triton's interpreter
 
 Run from the root of the checkout; fastattn need not be installed, nor its C++ core be built. Rows (fastattn/cli/rows.py) and a
@@ -47,6 +48,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default=",".join(plan.GROUPS), metavar="GROUP,...", help=f"of {', '.join(plan.GROUPS)}"
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="under torch.use_deterministic_algorithms(True); no verdict rests on it",
+    )
     parser.add_argument("--quick", action="store_true", help="few checks, one size of each call")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default %(default)s)")
     parser.add_argument(
@@ -89,7 +95,7 @@ def check_all(args: argparse.Namespace) -> tuple[bool, list[correctness.Found]]:
     """(no check failed, the verdicts); prints both."""
     started = time.monotonic()
     own = ["--device", args.device, "--implementation", args.implementation, "--only", args.only]
-    own += ["--quick"] if args.quick else []
+    own += [f"--{flag}" for flag in ("quick", "deterministic") if getattr(args, flag)]
     rows, complete = correctness.run(own, args.processes, _CHECKS * args.seconds)
     if args.implementation == "cuda":
         rows += sanitizer.run(own, _SANITIZER * args.seconds)
@@ -129,15 +135,17 @@ def measure_all(args: argparse.Namespace, device: torch.device, end: float) -> t
     return rows, limits
 
 
-def result_path(device: torch.device, implementation: str) -> Path:
-    """benchmarks/results/<date>-<device>-<implementation>.jsonl"""
+def result_path(device: torch.device, what: str) -> Path:
+    """benchmarks/results/<date>-<device>-<what>.jsonl"""
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return RESULTS / f"{datetime.date.today().isoformat()}-{name}-{implementation}.jsonl"
+    return RESULTS / f"{datetime.date.today().isoformat()}-{name}-{what}.jsonl"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     end = time.monotonic() + args.seconds
+    if args.deterministic:
+        _be_deterministic()
     try:
         device = device_of(args)
     except ValueError as error:
@@ -151,12 +159,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if good else 1
     rows, limits = measure_all(args, device, end)
     good = good and not any(row.verdict == check.FAILED for row in rows)
-    path = args.save or result_path(device, args.implementation)
+    path = args.save or result_path(device, args.implementation + ("-deterministic" if args.deterministic else ""))
     save(rows, path)
     text = report.markdown(rows, limits)
     path.with_suffix(".md").write_text(text)
     print(f"\n{text}\n{path}")
     return 0 if good else 1
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses its own products
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a store for every result, timed
 
 
 def _print_part(args: argparse.Namespace) -> None:

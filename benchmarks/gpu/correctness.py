@@ -100,10 +100,11 @@ def _norm_mask_bits(device: torch.device, implementation: str) -> str:
 
 def _ffn_mask_bits(device: torch.device, implementation: str) -> str:
     rng, p = torch.tensor([2**40 + 3, -1]), 0.5
-    first, second = torch.ones(150, 1, device=device), torch.eye(150, device=device)
+    x, first, second = (t.to(device, torch.bfloat16) for t in (torch.ones(70, 1), torch.ones(150, 1), torch.eye(150)))
     options: dict[str, Any] = {"activation": "relu", "dropout_p": p, "rng_state": rng}
-    out = fastattn.ffn(torch.ones(70, 1, device=device), first, second, implementation=implementation, **options)
-    return "" if torch.equal(out, matrix_dropout(torch.Size((70, 150)), p, rng, device).float()) else "the masks differ"
+    out = fastattn.ffn(x, first, second, implementation=implementation, **options)
+    mask = matrix_dropout(torch.Size((70, 150)), p, rng, device).to(out.dtype)
+    return "" if torch.equal(out, mask) else "the masks differ"
 
 
 def _attention_repeats(device: torch.device, implementation: str) -> str:

@@ -43,6 +43,7 @@ class Session:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "arch": arch_name(device) if device.type == "cuda" else "",
             "triton": _version("triton"),
+            "limits": "deterministic algorithms" if torch.are_deterministic_algorithms_enabled() else "",
         }
 
     def rows(self, wanted: plan.Measurement, budget: float, dtype: str = "bfloat16") -> Iterator[Row]:

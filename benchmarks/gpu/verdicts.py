@@ -21,11 +21,11 @@ Row = dict[str, Any]
 
 
 def rows_of(folder: Path = RESULTS) -> list[Row]:
-    """The rows of a GPU in all files of ``folder``, each with its ``file``."""
+    """The rows of a GPU in all files of ``folder``, each with its ``file``; not those of sessions with ``limits``."""
     found = []
     for path in sorted(folder.glob("*.jsonl")):
         found += [{**json.loads(line), "file": path.name} for line in path.read_text().splitlines()]
-    return [row for row in found if row.get("arch")]
+    return [row for row in found if row.get("arch") and not row.get("limits")]
 
 
 def proven(rows: Iterable[Row]) -> list[Row]:
