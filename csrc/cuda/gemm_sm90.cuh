@@ -98,9 +98,16 @@ struct GemmSm90Block {
     }
   }
 
+  // No use of the sums is moved across.
+  __device__ void fence_sums() {
+#pragma unroll
+    for (int product = 0; product < kProducts; ++product) wgmma_fence_sums(sums[product]);
+  }
+
   // A warpgroup: starts the products of one stage, 64 rows from `consumer` on.
   __device__ void multiply(const char* stage, int consumer) {
     const char* b = stage + A::kBytes;
+    fence_sums();
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < GemmSm90::kStep; k += 16) {
@@ -131,6 +138,7 @@ struct GemmSm90Block {
       held = &empty[ring.stage];
     }
     wgmma_wait<0>();
+    fence_sums();
     if (held != nullptr && signals) mbarrier_arrive(held);
   }
 };
