@@ -94,8 +94,10 @@ def gencode(archs: list[str]) -> str:
 
 
 def cuda_flags(cxx: str, torch_dir: Path, archs: list[str]) -> list[str]:
-    flags = [f"-ccbin {cxx.split()[0]} -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden", STABLE_ABI]
-    flags += [f"-I{ROOT / 'csrc'}", f"-isystem {torch_dir / 'include'}"]
+    flags = [
+        f"-ccbin {cxx.split()[0]} -std=c++17 -O3 -lineinfo -Xfatbin=-compress-all -Xcompiler -fPIC,-fvisibility=hidden"
+    ]
+    flags += [STABLE_ABI, f"-I{ROOT / 'csrc'}", f"-isystem {torch_dir / 'include'}"]
     flags.append(f"'-DFASTATTN_CUDA_ARCHS=\"{';'.join(archs)}\"'")
     return flags + (["-DFASTATTN_CUDA_SM90"] if "90a" in archs else [])
 
