@@ -86,6 +86,14 @@ __device__ inline void store_packed(const Packed<T>& x, T* row, int i, int n, bo
   }
 }
 
+// Where chunk `chunk` (of 16 bytes, kChunks to a row) of row `row` lies in a tile of shared memory, in chunks. Eight
+// consecutive rows at one chunk, and eight neighbouring chunks of one row, are in different banks.
+template <int kChunks>
+__host__ __device__ inline int swizzled_chunk(int row, int chunk) {
+  static_assert(kChunks % 4 == 0, "rows of multiples of 64 bytes");
+  return row * kChunks + (kChunks % 8 == 0 ? chunk ^ (row % 8) : chunk ^ (row / 2 % 4));
+}
+
 // out[e] = values[i + e] for e in [0, kCount), widened; zero beyond n.
 template <int kCount, class W, class A>
 __device__ inline void load_widened(const W* values, int i, int n, bool aligned, A* out) {

@@ -16,14 +16,6 @@
 namespace fastattn {
 namespace cuda {
 
-// Where chunk `chunk` (of 16 bytes, kChunks to a row) of row `row` lies in a tile of shared memory, in chunks. Eight
-// consecutive rows at one chunk, and eight chunks of one row, are in different banks.
-template <int kChunks>
-__host__ __device__ inline int swizzled_chunk(int row, int chunk) {
-  static_assert(kChunks == 4 || kChunks % 8 == 0, "rows of 64 bytes or multiples of 128");
-  return row * kChunks + (kChunks == 4 ? chunk ^ (row / 2 % 4) : chunk ^ (row % 8));
-}
-
 struct GemmSm80 {
   static constexpr int kRows = 128, kStep = 32, kStages = 3, kThreads = 128;
   static constexpr int kWarpRows = 2, kWarpColumns = 2;

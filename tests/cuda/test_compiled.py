@@ -21,7 +21,14 @@ pytestmark = [
 ]
 
 #: Of every kind of kernel one file, the architecture that it is most for.
-_SPREAD = [("norm", "80"), ("norm_sm90", "90a"), ("attention_decode", "90a"), ("gemm_sm80", "86"), ("gemm_sm90", "90a")]
+_SPREAD = [
+    ("norm", "80"),
+    ("norm_sm90", "90a"),
+    ("attention_decode", "90a"),
+    ("attention_sm80_forward", "80"),
+    ("gemm_sm80", "86"),
+    ("gemm_sm90", "90a"),
+]
 _ARCHITECTURES = ("80", "86", "89", "90a", "120")
 
 
