@@ -48,7 +48,8 @@ AUXILIARY = re.compile(r"delta|convert|merge|combine|reduce|_sum|zero|fill|norm_
 @dataclass
 class Binary:
     """One kernel of ``file`` for ``arch``: registers a thread; bytes of stack, spilled stores and loads; shared bytes of a block,
-    static and dynamic (None: the kernel takes some and does not say how much); instructions of its machine code."""
+    static and dynamic (None: the kernel takes some and does not say how much); instructions of its machine code; why ptxas
+    waits after every wgmma of it, if it does."""
 
     file: str
     arch: str
@@ -58,6 +59,7 @@ class Binary:
     spills: tuple[int, int] = (0, 0)
     static_shared: int = 0
     dynamic_shared: int | None = 0
+    serialized: str = ""
     instructions: dict[str, int] = field(default_factory=lambda: dict.fromkeys(INSTRUCTIONS, 0))
 
 
@@ -82,6 +84,8 @@ def faults(binary: Binary) -> Iterator[str]:
                 yield f"has no {wanted}: {counts}"
         if counts["HMMA"]:
             yield f"multiplies with mma.sync beside wgmma: {counts}"
+        if binary.serialized:
+            yield f"waits after every wgmma: {binary.serialized}"
     elif "_sm80" in binary.file:
         for wanted in ("HMMA", "LDGSTS", "LDSM"):
             if not counts[wanted]:
@@ -150,7 +154,12 @@ def _resources(file: str, arch: str, log: str) -> dict[str, Binary]:
     """{mangled name: binary} of what ``ptxas -v`` printed. A function that was not inlined counts for the kernel above it."""
     found: dict[str, Binary] = {}
     current = Binary(file, arch, "")
+    serialized: dict[str, str] = {}
     for line in log.splitlines():
+        if match := re.search(
+            r"wgmma\.mma_async instructions are serialized due to (.*?) in (?:the )?function '(\S+)'", line
+        ):
+            serialized[match[2]] = match[1]
         if match := re.search(r"Compiling entry function '(\S+)'", line):
             current = found[match[1]] = Binary(file, arch, match[1])
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
@@ -161,6 +170,9 @@ def _resources(file: str, arch: str, log: str) -> dict[str, Binary]:
             current.registers = int(match[1])
             if shared := re.search(r"(\d+) bytes smem", line):
                 current.static_shared = int(shared[1])
+    for name, reason in serialized.items():
+        if name in found:
+            found[name].serialized = reason
     return found
 
 

@@ -116,6 +116,13 @@ def test_what_a_hopper_kernel_must_have() -> None:
         assert missing in fault
     (fault,) = compiled.faults(_binary("attention_sm90.cu", "90a", HMMA=1, **good))
     assert "mma.sync beside wgmma" in fault
+    log = """ptxas info    : Compiling entry function '_Z4good' for 'sm_90a'
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma \
+instructions defining accumulator registers of a wgmma between start and end of the pipeline stage in the function '_Z4slow'
+ptxas info    : Compiling entry function '_Z4slow' for 'sm_90a'
+"""
+    found = compiled._resources("attention_sm90.cu", "90a", log)
+    assert not found["_Z4good"].serialized and found["_Z4slow"].serialized.startswith("non wgmma instructions")
     assert not list(compiled.faults(_binary("attention_sm90.cu", "90a", "attention_delta_kernel")))
     assert len(list(compiled.faults(_binary("gemm_sm80.cu", "80")))) == 3
     assert not list(compiled.faults(_binary("gemm_sm80.cu", "80", HMMA=1, LDGSTS=1, LDSM=1)))
