@@ -282,7 +282,7 @@ def attention_decode(head_dim: int, dtype: torch.dtype, extras: bool, arch: Arch
     if arch.kind == "interpreter":
         return Attention(16, 64, 4, 1)
     if dtype == torch.float32:
-        return Attention(16, 32 if head_dim in (32, 64) else 16, _warps(arch), 1)
+        return Attention(16, 32 if head_dim in (32, 64) else 16, _warps(arch) if head_dim > 32 else 4, 1)
     if head_dim <= 64 and not extras:
         return Attention(16, 64, 4, 3)
     return Attention(16, 32, 4, 3 if head_dim <= 128 else 2)
