@@ -7,6 +7,7 @@ python tests/triton/kernel_table.py --rows FILE...     from rows that compiled_r
 import argparse
 import concurrent.futures
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -36,7 +37,8 @@ The tiles are those of `kernels/configs.py`; M and N are rows and columns of a p
 rows. A configuration without stages has no loop that is pipelined. A cell whose kernel spills says so;
 `tests/triton/test_compile.py` fails there, and where shared memory does not suffice, also for sm_86, sm_89 and sm_120 (99 KiB).
 sm_90's products are wgmma (HGMMA) unless a tile has fewer than its 64 rows, sm_100's tcgen05 (UTCHMMA), sm_80's
-mma.sync (HMMA), gfx942's MFMA; float32 with torch's default matmul precision uses none; TF32 runs the same tiles and is not listed.
+mma.sync (HMMA), gfx942's MFMA; float32 with torch's default matmul precision uses none but gfx942's; TF32 runs the same tiles and is
+not listed.
 """
 
 
@@ -69,26 +71,33 @@ def _cell(row: Row) -> str:
 
 
 def table(rows: Iterable[Row], triton: str, earlier: str = "") -> str:
-    """The page: a section per family, a line per case and kernel, a column per architecture. Families that have no row keep their
-    section of the ``earlier`` page."""
-    lines: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    """The page: a section per family, a line per case, kernel and configuration, a column per architecture; of several binaries of
+    one configuration the one that takes most. Families that have no row keep their section of the ``earlier`` page."""
+    lines: dict[str, dict[tuple[str, str], dict[str, dict[str, Row]]]] = {}
     for row in rows:
-        line = lines.setdefault(row["family"], {}).setdefault((label(row), row["name"]), {})
-        line[row["arch"]] = _cell(row)
+        found = (
+            lines.setdefault(row["family"], {}).setdefault((label(row), row["name"]), {}).setdefault(row["arch"], {})
+        )
+        other = found.setdefault(configuration(row), row)
+        if (row["stack"], row["registers"]) > (other["stack"], other["registers"]):
+            found[configuration(row)] = row
     sections = dict(zip(*[iter(re.split(r"^## (.*)\n", earlier, flags=re.MULTILINE)[1:])] * 2, strict=True))
     for family, found in lines.items():
         text = ["| case | kernel | " + " | ".join(ARCHITECTURES) + " |", "| --- " * 6 + "|"]
-        for (case, kernel), cells in found.items():
+        for (case, kernel), by_arch in found.items():
             name = kernel.removesuffix("_kernel")
-            text.append(f"| {case} | {name} | " + " | ".join(cells.get(arch, "") for arch in ARCHITECTURES) + " |")
+            columns = [[_cell(row) for row in by_arch.get(arch, {}).values()] for arch in ARCHITECTURES]
+            for cells in itertools.zip_longest(*columns, fillvalue=""):
+                text.append(f"| {case} | {name} | " + " | ".join(cells) + " |")
         sections[family] = "\n".join(text)
     parts = [_HEAD.format(triton=triton), *(f"## {name}\n\n{sections[name].strip()}\n" for name in sorted(sections))]
     return "\n".join(parts)
 
 
-def configurations(page: str) -> dict[tuple[str, str, str, str], str]:
-    """{(family, case, kernel, architecture): configuration} of a page that ``table`` wrote."""
-    found, family = {}, ""
+def configurations(page: str) -> dict[tuple[str, str, str, str], set[str]]:
+    """{(family, case, kernel, architecture): configurations} of a page that ``table`` wrote."""
+    found: dict[tuple[str, str, str, str], set[str]] = {}
+    family = ""
     for line in page.partition(_CUDA_TITLE)[0].splitlines():
         if line.startswith("## "):
             family = line[3:]
@@ -96,7 +105,7 @@ def configurations(page: str) -> dict[tuple[str, str, str, str], str]:
             case, kernel, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             for arch, cell in zip(ARCHITECTURES, cells, strict=True):
                 if cell:
-                    found[family, case, kernel, arch] = cell.partition(",")[0]
+                    found.setdefault((family, case, kernel, arch), set()).add(cell.partition(",")[0])
     return found
 
 
