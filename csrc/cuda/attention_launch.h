@@ -18,9 +18,15 @@ void launch_attention_decode(const DecodeParams& p, const StreamLaunch& launch);
 #if defined(FASTATTN_CUDA_SM90)
 bool attention_forward_sm90_takes(const AttentionParams& p);
 void launch_attention_forward_sm90(const AttentionParams& p, int multiprocessors, const StreamLaunch& launch);
+// dq, dk and dv from p.lse and p.delta (of each row dout.out - dlse, in float32, lying as lse does). Taken: what
+// forward takes with up to 128 channels and neither mask, slopes, softcap nor dropout, and no scale <= 0.
+bool attention_backward_sm90_takes(const AttentionBackwardParams& p);
+void launch_attention_backward_sm90(const AttentionBackwardParams& p, const StreamLaunch& launch);
 #else
 inline bool attention_forward_sm90_takes(const AttentionParams&) { return false; }
 inline void launch_attention_forward_sm90(const AttentionParams&, int, const StreamLaunch&) {}
+inline bool attention_backward_sm90_takes(const AttentionBackwardParams&) { return false; }
+inline void launch_attention_backward_sm90(const AttentionBackwardParams&, const StreamLaunch&) {}
 #endif
 
 }  // namespace cuda

@@ -1,31 +1,50 @@
-// The kernels of csrc/cuda/attention_sm90_forward.cuh on the CPU, behind plain C functions for
+// The kernels of csrc/cuda/attention_sm90_{forward,backward}.cuh on the CPU, behind plain C functions for
 // tests/cuda/test_attention_sm90_host.py.
 // clang-format off
 #include "host_ptx_sm90.h"  // first: it gives the rest its CUDA words
+#include "cuda/attention_sm90_backward.cuh"
 #include "cuda/attention_sm90_forward.cuh"
 // clang-format on
 
 using namespace fastattn;
+
+namespace {
+
+cuda::TensorMap make_map(const cuda::AttentionSm90Tensor& x) {
+  cuda::TensorMap map;
+  map.data = static_cast<const uint16_t*>(x.data);
+  std::memcpy(map.extents, x.extents, sizeof x.extents);
+  std::memcpy(map.strides, x.strides, sizeof x.strides);
+  std::memcpy(map.box, x.box, sizeof x.box);
+  return map;
+}
+
+}  // namespace
 
 extern "C" {
 
 // Whether the kernel takes the call; then its results, from so many persistent blocks.
 bool attention_sm90_forward(const AttentionParams* p, int blocks, bool late_copies) {
   if (!cuda::attention_sm90_takes(*p)) return false;
-  const auto make_map = [](const cuda::AttentionSm90Tensor& x) {
-    cuda::TensorMap map;
-    map.data = static_cast<const uint16_t*>(x.data);
-    std::memcpy(map.extents, x.extents, sizeof x.extents);
-    std::memcpy(map.strides, x.strides, sizeof x.strides);
-    std::memcpy(map.box, x.box, sizeof x.box);
-    return map;
-  };
   cuda::late_copies = late_copies;
   const host_cuda::Launch launch;
   if (p->dtype == DType::kFloat16) {
     cuda::launch_attention_sm90_forward<Half>(*p, blocks, make_map, launch);
   } else {
     cuda::launch_attention_sm90_forward<BFloat16>(*p, blocks, make_map, launch);
+  }
+  return true;
+}
+
+// The same for dq, dk and dv, from lse and delta.
+bool attention_sm90_backward(const AttentionBackwardParams* p, bool late_copies) {
+  if (!cuda::attention_sm90_backward_takes(*p)) return false;
+  cuda::late_copies = late_copies;
+  const host_cuda::Launch launch;
+  if (p->dtype == DType::kFloat16) {
+    cuda::launch_attention_sm90_backward<Half>(*p, make_map, launch);
+  } else {
+    cuda::launch_attention_sm90_backward<BFloat16>(*p, make_map, launch);
   }
   return true;
 }

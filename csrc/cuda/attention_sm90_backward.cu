@@ -1,0 +1,31 @@
+// Instantiations of attention_sm90_backward.cuh: two dtypes, three widths of a head, rows and keys.
+#include "cuda/attention_launch.h"
+#include "cuda/attention_sm90_backward.cuh"
+#include "cuda/tensor_map.h"
+
+namespace fastattn {
+namespace cuda {
+
+bool attention_backward_sm90_takes(const AttentionBackwardParams& p) { return attention_sm90_backward_takes(p); }
+
+void launch_attention_backward_sm90(const AttentionBackwardParams& p, const StreamLaunch& launch) {
+  p.dtype == DType::kFloat16 ? launch_attention_sm90_backward<Half>(p, make_boxes_map<Half, 5>, launch)
+                             : launch_attention_sm90_backward<BFloat16>(p, make_boxes_map<BFloat16, 5>, launch);
+}
+
+#define FASTATTN_BACKWARD(T, kD, kForKeys)                                                             \
+  template __global__ void attention_sm90_backward_kernel<T, AttentionSm90BackwardTile<kD, kForKeys>>( \
+      const __grid_constant__ AttentionSm90BackwardCall, const __grid_constant__ AttentionSm90BackwardMaps)
+#define FASTATTN_BACKWARD_WIDTHS(T) \
+  FASTATTN_BACKWARD(T, 64, false);  \
+  FASTATTN_BACKWARD(T, 64, true);   \
+  FASTATTN_BACKWARD(T, 96, false);  \
+  FASTATTN_BACKWARD(T, 96, true);   \
+  FASTATTN_BACKWARD(T, 128, false); \
+  FASTATTN_BACKWARD(T, 128, true)
+
+FASTATTN_BACKWARD_WIDTHS(Half);
+FASTATTN_BACKWARD_WIDTHS(BFloat16);
+
+}  // namespace cuda
+}  // namespace fastattn

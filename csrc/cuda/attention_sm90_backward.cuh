@@ -1,0 +1,384 @@
+// Gradients of q, k and v on TMA and wgmma (sm_90a), for plain scores (attention_score.cuh) and up to 128 channels.
+// With p = exp(s - lse) of forward and delta = dout.out - dlse of each row:
+//
+//   dv = pᵀ dout,   ds = p (dout vᵀ - delta),   dq = scale ds k,   dk = scale dsᵀ q
+//
+// Two kernels, one for dq and one for dk and dv, each with sums of its own in registers and in a fixed order: no
+// atomics, the same bits on every run, at seven products a block instead of five.
+//
+// Both are the same kernel. A block owns 128 lines, 64 of each computing warpgroup: rows (q, dout) or keys (k, v). The
+// others, 64 lines at a time, pass through a ring that a producer fills: keys (k, v), or rows (q, dout) of every head
+// that shares the keys. s and dp are products of owned and passing lines, so that for keys they lie transposed, a lane
+// having two keys and a row in each of its columns; p and ds stay in registers and multiply the passing lines.
+//
+// Registers a thread: sums kD / 2 for each gradient, s and dp 32 each, p and ds 16 each; shared memory kSharedBytes.
+#pragma once
+
+#include "cuda/attention_sm90_forward.cuh"
+
+namespace fastattn {
+namespace cuda {
+
+template <int kHeadDim, bool kOwnsKeys>
+struct AttentionSm90BackwardTile {
+  static constexpr int kD = kHeadDim, kColumns = (kD + 63) / 64;
+  static constexpr bool kForKeys = kOwnsKeys;
+  static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kLines = 64 * kConsumers;
+  static constexpr int kKeys = 64, kStages = 2;                                                // passing lines
+  static constexpr int kQueryBox = 64 * 128, kKeyBox = 64 * 128, kBytes = kColumns * kKeyBox;  // of 64 lines
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // The owned lines of both tensors, then stages of the passing ones, then barriers.
+  static constexpr int kRing = 2 * kConsumers * kBytes, kBarriers = kRing + 2 * kStages * kBytes;
+  static constexpr int kSharedBytes = kBarriers + (1 + 2 * kStages) * 8;
+};
+
+struct AttentionSm90BackwardCall : AttentionBackwardParams {
+  AttentionTiling tiling;  // of the owned rows; of keys only its `groups` and `blocks` count
+  int64_t q_batches, k_batches;
+  bool aligned;  // 16-byte stores
+};
+
+struct AttentionSm90BackwardMaps {
+  TensorMap q, k, v, dout;
+};
+
+template <class Tile>
+struct AttentionSm90BackwardMemory {
+  static __device__ char* owned(int tensor, int consumer) {
+    return dynamic_shared() + (tensor * Tile::kConsumers + consumer) * Tile::kBytes;
+  }
+  static __device__ char* passing(int tensor, int stage) {
+    return dynamic_shared() + Tile::kRing + (stage * 2 + tensor) * Tile::kBytes;
+  }
+  static __device__ uint64_t* barrier(int index) {
+    return reinterpret_cast<uint64_t*>(dynamic_shared() + Tile::kBarriers) + index;
+  }
+  static __device__ uint64_t* ready() { return barrier(0); }
+  static __device__ uint64_t* full(int stage) { return barrier(1 + stage); }
+  static __device__ uint64_t* empty(int stage) { return barrier(1 + Tile::kStages + stage); }
+
+  static __device__ void init() {
+    mbarrier_init(ready(), 1);
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      mbarrier_init(full(stage), 1), mbarrier_init(empty(stage), 4 * Tile::kConsumers);
+    }
+    mbarrier_init_fence();
+  }
+};
+
+// Rows that see `key`, by the window alone.
+__host__ __device__ inline KeyRange rows_of_key(const AttentionParams& p, const AttentionTile& tile, int key) {
+  const int64_t at = key - tile.diagonal;
+  if (key >= tile.keys) return {0, 0};
+  return {p.window_right >= 0 ? clamped(at - p.window_right, tile.rows) : 0,
+          p.window_left >= 0 ? clamped(at + p.window_left + 1, tile.rows) : tile.rows};
+}
+
+// A tile of owned lines: `lines` of its sequence from `start` of the tensor on, of which it takes [first, ...); of the
+// passing ones `seen` by any owned line, `all` by every one of a warpgroup's.
+struct AttentionSm90BackwardWork {
+  AttentionTile tile;
+  int first, lines, start, head, passing_start, passing_lines, passing_head, heads;
+  KeyRange seen, blocks;
+
+  template <class Tile>
+  static __device__ AttentionSm90BackwardWork of(const AttentionSm90BackwardCall& p) {
+    AttentionSm90BackwardWork work{};
+    const int sharing = static_cast<int>(p.heads / p.heads_kv);
+    if constexpr (Tile::kForKeys) {
+      // The first keys first: under a causal mask most rows see them.
+      const int64_t group = blockIdx.x % p.tiling.groups, batch = group / p.heads_kv;
+      const Sequence own = p.sequences != nullptr ? p.sequences[batch] : Sequence{0, p.rows, 0, p.keys, p.diagonal};
+      work.tile = {static_cast<int>(batch),
+                   0,
+                   0,
+                   static_cast<int>(own.q_begin),
+                   static_cast<int>(own.rows),
+                   static_cast<int>(own.k_begin),
+                   static_cast<int>(own.keys),
+                   own.diagonal};
+      work.first = static_cast<int>(blockIdx.x / p.tiling.groups) * Tile::kLines;
+      work.head = static_cast<int>(group % p.heads_kv), work.passing_head = work.head * sharing, work.heads = sharing;
+    } else {
+      work.tile = attention_tile(p, p.tiling, blockIdx.x);
+      work.first = work.tile.first_line;
+      work.head = work.tile.group, work.passing_head = work.head / sharing, work.heads = 1;
+    }
+    const AttentionTile& tile = work.tile;
+    work.lines = Tile::kForKeys ? tile.keys : tile.rows, work.start = Tile::kForKeys ? tile.k_begin : tile.q_begin;
+    work.passing_lines = Tile::kForKeys ? tile.rows : tile.keys;
+    work.passing_start = Tile::kForKeys ? tile.q_begin : tile.k_begin;
+    if (work.first >= work.lines) return work;
+    const int last = work.first + Tile::kLines < work.lines ? work.first + Tile::kLines - 1 : work.lines - 1;
+    work.seen = {work.template seen_by<Tile>(p, work.first).begin, work.template seen_by<Tile>(p, last).end};
+    work.blocks = blocks_of_keys<64>(work.seen);
+    return work;
+  }
+
+  template <class Tile>
+  __device__ KeyRange seen_by(const AttentionSm90BackwardCall& p, int line) const {
+    if (line >= lines) return {0, 0};
+    return Tile::kForKeys ? rows_of_key(p, tile, line) : keys_of_row(p, tile, line);
+  }
+};
+
+// One thread: the owned lines, then the passing ones of each head.
+template <class Tile>
+__device__ inline void attention_sm90_backward_produce(const AttentionSm90BackwardCall& p,
+                                                       const AttentionSm90BackwardMaps& maps,
+                                                       const AttentionSm90BackwardWork& work) {
+  using Memory = AttentionSm90BackwardMemory<Tile>;
+  const int q_batch = p.q_batches > 1 ? work.tile.batch : 0, k_batch = p.k_batches > 1 ? work.tile.batch : 0;
+  const int batch = Tile::kForKeys ? k_batch : q_batch, passing_batch = Tile::kForKeys ? q_batch : k_batch;
+  const TensorMap* const owned[2] = {Tile::kForKeys ? &maps.k : &maps.q, Tile::kForKeys ? &maps.v : &maps.dout};
+  const TensorMap* const passing[2] = {Tile::kForKeys ? &maps.q : &maps.k, Tile::kForKeys ? &maps.dout : &maps.v};
+  mbarrier_arrive_expect(Memory::ready(), 2 * Tile::kConsumers * Tile::kBytes);
+#pragma unroll 1
+  for (int box = 0; box < Tile::kConsumers * Tile::kColumns; ++box) {
+    const int consumer = box / Tile::kColumns, column = box % Tile::kColumns;
+    const int line = work.start + work.first + 64 * consumer;
+#pragma unroll
+    for (int tensor = 0; tensor < 2; ++tensor) {
+      tma_load_5d(Memory::owned(tensor, consumer) + column * Tile::kKeyBox, *owned[tensor], Memory::ready(),
+                  column * 64, 0, line, work.head, batch);
+    }
+  }
+  RingPlace<Tile::kStages> place;
+#pragma unroll 1
+  for (int head = work.passing_head; head < work.passing_head + work.heads; ++head) {
+#pragma unroll 1
+    for (int block = work.blocks.begin; block < work.blocks.end; ++block, place.next()) {
+      mbarrier_wait(Memory::empty(place.stage), place.phase ^ 1);
+      mbarrier_arrive_expect(Memory::full(place.stage), 2 * Tile::kBytes);
+#pragma unroll 1
+      for (int column = 0; column < Tile::kColumns; ++column) {
+#pragma unroll
+        for (int tensor = 0; tensor < 2; ++tensor) {
+          tma_load_5d(Memory::passing(tensor, place.stage) + column * Tile::kKeyBox, *passing[tensor],
+                      Memory::full(place.stage), column * 64, 0, work.passing_start + block * 64, head, passing_batch);
+        }
+      }
+    }
+  }
+}
+
+// A computing warpgroup: its 64 owned lines against all passing ones.
+template <class T, class Tile>
+struct AttentionSm90BackwardConsumer {
+  using Memory = AttentionSm90BackwardMemory<Tile>;
+  const AttentionSm90BackwardCall& p;
+  const AttentionSm90BackwardWork& work;
+  int consumer;
+  KeyRange all, seen[2];
+  int zero_from;  // passing lines from here on are not the sequence's and not TMA's zeros
+
+  __device__ AttentionSm90BackwardConsumer(const AttentionSm90BackwardCall& call, const AttentionSm90BackwardWork& own,
+                                           int number)
+      : p(call), work(own), consumer(number) {
+    const int first = work.first + 64 * consumer, last = first + 63 < work.lines ? first + 63 : work.lines - 1;
+    all = {work.template seen_by<Tile>(p, last).begin, work.template seen_by<Tile>(p, first).end};
+    const int64_t extent = Tile::kForKeys ? p.rows : p.keys;
+    zero_from = work.passing_start + work.seen.end < extent ? work.seen.end : INT32_MAX;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) seen[i] = work.template seen_by<Tile>(p, line(i));
+  }
+
+  __device__ int line(int i) const {
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    return work.first + 64 * consumer + thread / 32 * 16 + thread % 32 / 4 + 8 * i;
+  }
+
+  // lse in base 2, +inf for a row that sees nothing: its weights are zeros; and delta.
+  struct RowSums {
+    float lse, delta;
+  };
+  __device__ RowSums row_sums(int head, int row) const {
+    if (row >= work.tile.rows) return {INFINITY, 0};
+    const int64_t at = work.tile.batch * p.row_stride[0] + head * p.row_stride[1] + work.tile.q_begin + row;
+    const float lse = static_cast<const float*>(p.lse)[at];
+    return {lse == kHidden ? INFINITY : lse * kLog2E, static_cast<const float*>(p.delta)[at]};
+  }
+
+  // Passing lines that no owned one sees: whatever they hold is multiplied by zeros.
+  __device__ void zero_unseen(int first, int stage) const {
+    if (first >= work.seen.begin && first + 64 <= zero_from) return;
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+#pragma unroll 1
+    for (int i = thread / 8; i < 64; i += 16) {
+      if (first + i >= work.seen.begin && first + i < zero_from) continue;
+#pragma unroll 1
+      for (int box = 0; box < 2 * Tile::kColumns; ++box) {
+        *reinterpret_cast<Packed<BFloat16>*>(Memory::passing(0, stage) + box * Tile::kKeyBox + i * 128 +
+                                             thread % 8 * 16) = {};
+      }
+    }
+    fence_async_shared();
+    named_barrier_sync(1 + consumer, 128);
+  }
+
+  static __device__ void pack(const float (&x)[32], uint32_t (&pairs)[16]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) pairs[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
+  }
+
+  // s in, weights out; dp in, ds out.
+  __device__ void weigh(int head, int first, float (&s)[32], float (&dp)[32]) const {
+    if (first < all.begin || first + 64 > all.end) hide_unseen(s, seen, first);
+    const float unit = PlainScores::unit(p);
+    if constexpr (Tile::kForKeys) {
+#pragma unroll
+      for (int i = 0; i < 32; i += i % 4 == 1 ? 3 : 1) {
+        const RowSums sums = row_sums(head, first + i / 4 * 8 + static_cast<int>(threadIdx.x % 4 * 2) + i % 2);
+#pragma unroll
+        for (int j = i; j < i + 4; j += 2) {
+          s[j] = exp2_fast(fmaf(s[j], unit, -sums.lse));
+          dp[j] = s[j] == 0 ? 0.0f : s[j] * (dp[j] - sums.delta);
+        }
+      }
+    } else {
+      const RowSums sums[2] = {row_sums(work.head, line(0)), row_sums(work.head, line(1))};
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        s[i] = exp2_fast(fmaf(s[i], unit, -sums[i / 2 % 2].lse));
+        dp[i] = s[i] == 0 ? 0.0f : s[i] * (dp[i] - sums[i / 2 % 2].delta);
+      }
+    }
+  }
+
+  // first_sum: of dk or dq, but for the scale; second_sum: of dv.
+  __device__ void attend(float (&first_sum)[Tile::kD / 2],
+                         float (&second_sum)[Tile::kForKeys ? Tile::kD / 2 : 1]) const {
+    RingPlace<Tile::kStages> place;
+    mbarrier_wait(Memory::ready(), 0);
+#pragma unroll 1
+    for (int head = work.passing_head; head < work.passing_head + work.heads; ++head) {
+#pragma unroll 1
+      for (int block = work.blocks.begin; block < work.blocks.end; ++block, place.next()) {
+        float s[32], dp[32];
+        uint32_t weights[16], gradients[16];
+        mbarrier_wait(Memory::full(place.stage), place.phase);
+        zero_unseen(block * 64, place.stage);
+        attention_sm90_scores<T, Tile>(s, Memory::owned(0, consumer), Memory::passing(0, place.stage));
+        attention_sm90_scores<T, Tile>(dp, Memory::owned(1, consumer), Memory::passing(1, place.stage));
+        wgmma_wait<0>();
+        wgmma_fence_sums(s);
+        wgmma_fence_sums(dp);
+        weigh(head, block * 64, s, dp);
+        if constexpr (Tile::kForKeys) {
+          pack(s, weights);
+          attention_sm90_values<T, Tile>(second_sum, weights, Memory::passing(1, place.stage));
+        }
+        pack(dp, gradients);
+        attention_sm90_values<T, Tile>(first_sum, gradients, Memory::passing(0, place.stage));
+        wgmma_wait<0>();
+        wgmma_fence_sums(first_sum);
+        if constexpr (Tile::kForKeys) wgmma_fence_sums(second_sum);
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(Memory::empty(place.stage));
+      }
+    }
+  }
+
+  // The lines of one gradient, in memory (lines, channels).
+  __device__ void store(const float (&sum)[Tile::kD / 2], float scale, void* gradient, int64_t channels) const {
+    const int64_t batch = work.tile.batch;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t before = Tile::kForKeys ? batch * p.key_stride[0] + work.head * p.key_stride[1]
+                                            : batch * p.row_stride[0] + work.head * p.row_stride[1];
+      T* const out = static_cast<T*>(gradient) + (before + work.start + line(i)) * channels;
+      store_line(sum, i, scale, line(i) < work.lines, out, static_cast<int>(channels), p.aligned);
+    }
+  }
+};
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    attention_sm90_backward_kernel(const __grid_constant__ AttentionSm90BackwardCall p,
+                                   const __grid_constant__ AttentionSm90BackwardMaps maps) {
+  note_dynamic_shared<Tile::kSharedBytes>();
+  const auto work = AttentionSm90BackwardWork::of<Tile>(p);
+  if (work.first >= work.lines) return;
+  if (threadIdx.x == 0) AttentionSm90BackwardMemory<Tile>::init();
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    set_max_registers_down<Tile::kProducerRegisters>();
+    if (threadIdx.x == 0 && work.blocks.begin < work.blocks.end) attention_sm90_backward_produce<Tile>(p, maps, work);
+    return;
+  }
+  set_max_registers_up<Tile::kConsumerRegisters>();
+  const AttentionSm90BackwardConsumer<T, Tile> own(p, work, static_cast<int>(threadIdx.x) / 128 - 1);
+  constexpr int kSecond = Tile::kForKeys ? Tile::kD / 2 : 1;
+  float first_sum[Tile::kD / 2], second_sum[kSecond];
+#pragma unroll
+  for (int i = 0; i < Tile::kD / 2; ++i) first_sum[i] = 0;
+#pragma unroll
+  for (int i = 0; i < kSecond; ++i) second_sum[i] = 0;
+  if (work.blocks.begin < work.blocks.end) own.attend(first_sum, second_sum);
+  const float scale = static_cast<float>(p.scale);
+  if constexpr (Tile::kForKeys) {
+    own.store(first_sum, scale, p.dk, p.head_dim);
+    own.store(second_sum, 1.0f, p.dv, p.head_dim_v);
+  } else {
+    own.store(first_sum, scale, p.dq, p.head_dim);
+  }
+}
+
+struct AttentionSm90BackwardTensors {
+  AttentionSm90BackwardCall call;
+  AttentionSm90Tensor q, k, v, dout;
+
+  explicit AttentionSm90BackwardTensors(const AttentionBackwardParams& p) {
+    static_cast<AttentionBackwardParams&>(call) = p;
+    call.q_batches = p.q_stride[0] == 0 ? 1 : p.batch;
+    call.k_batches = p.k_stride[0] == 0 && p.v_stride[0] == 0 ? 1 : p.batch;
+    const auto tensor = [&](const void* x, const int64_t (&stride)[3], int64_t channels, bool keys) {
+      return attention_sm90_tensor(x, stride, channels, keys ? p.keys : p.rows, keys ? p.heads_kv : p.heads,
+                                   keys ? call.k_batches : call.q_batches, 1, 64);
+    };
+    q = tensor(p.q, p.q_stride, p.head_dim, false), dout = tensor(p.dout, p.dout_stride, p.head_dim_v, false);
+    k = tensor(p.k, p.k_stride, p.head_dim, true), v = tensor(p.v, p.v_stride, p.head_dim_v, true);
+    call.aligned = p.head_dim % 8 == 0 && p.head_dim_v % 8 == 0;
+    for (const void* x : {p.dq, p.dk, p.dv}) call.aligned &= reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  }
+};
+
+// 16-bit tensors of up to 128 channels that TMA can read, plain scores; the rest is the mma.sync kernels'.
+inline bool attention_sm90_backward_takes(const AttentionBackwardParams& p) {
+  const bool takes = (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.block_table == nullptr &&
+                     std::max(p.head_dim, p.head_dim_v) <= 128 && PlainScores::takes(p) &&
+                     std::min({p.batch, p.heads, p.rows, p.keys}) > 0 &&
+                     (p.q_stride[0] == 0) == (p.dout_stride[0] == 0);
+  if (!takes) return false;
+  const AttentionSm90BackwardTensors x(p);
+  return attention_sm90_readable(x.q) && attention_sm90_readable(x.k) && attention_sm90_readable(x.v) &&
+         attention_sm90_readable(x.dout);
+}
+
+// dq, dk and dv of what attention_sm90_backward_takes, from lse and delta.
+template <class T, class MakeMap, class Launch>
+void launch_attention_sm90_backward(const AttentionBackwardParams& p, const MakeMap& make_map, const Launch& launch) {
+  AttentionSm90BackwardTensors x(p);
+  const AttentionSm90BackwardMaps maps = {make_map(x.q), make_map(x.k), make_map(x.v), make_map(x.dout)};
+  const auto run = [&](auto tile) {
+    using Tile = decltype(tile);
+    x.call.tiling = attention_tiling(p, Tile::kLines, 1);
+    if (Tile::kForKeys) {
+      x.call.tiling.groups = p.batch * p.heads_kv;
+      x.call.tiling.blocks = (p.keys + Tile::kLines - 1) / Tile::kLines;
+    }
+    const LaunchConfig config = {x.call.tiling.tiles(), Tile::kThreads, Tile::kSharedBytes};
+    launch(Tile::kForKeys ? "attention_sm90_backward of keys" : "attention_sm90_backward of rows",
+           attention_sm90_backward_kernel<T, Tile>, config, x.call, maps);
+  };
+  const auto both = [&](auto width) {
+    constexpr int kD = decltype(width)::value;
+    run(AttentionSm90BackwardTile<kD, false>()), run(AttentionSm90BackwardTile<kD, true>());
+  };
+  const int64_t channels = std::max(p.head_dim, p.head_dim_v);
+  if (channels <= 64) return both(std::integral_constant<int, 64>());
+  if (channels <= 96) return both(std::integral_constant<int, 96>());
+  both(std::integral_constant<int, 128>());
+}
+
+}  // namespace cuda
+}  // namespace fastattn

@@ -1,0 +1,144 @@
+"""The Hopper kernels of attention's gradients, run on the CPU as ``test_attention_sm90_host.py`` runs forward, against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn.reference.attention import masked_attention
+from tests.cuda.attention_call import AttentionParams, Call, fill
+from tests.cuda.host import compiled
+from tests.tolerance import assert_accurate
+
+
+class AttentionBackwardParams(AttentionParams):
+    """Of csrc/cpu/params.h."""
+
+    _fields_ = [  # noqa: RUF012
+        ("stage", ctypes.c_int),
+        ("dout", ctypes.c_void_p),
+        ("dout_stride", ctypes.c_int64 * 3),
+        *[(name, ctypes.c_void_p) for name in ("dlse", "dq", "dk", "dv")],
+        ("key_stride", ctypes.c_int64 * 2),
+        ("dmask", ctypes.c_void_p),
+        ("mask_extent", ctypes.c_int64 * 4),
+        *[(name, ctypes.c_void_p) for name in ("dslopes", "dsinks", "delta", "slope_rows")],
+    ]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    library = compiled("attention_sm90_host.cpp", tmp_path_factory.mktemp("cuda"))
+    library.attention_sm90_backward.restype = ctypes.c_bool
+    return library
+
+
+def _reference(call: Call, dout: Tensor, dlse: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
+    """(gradients of q, k and v, lse, delta)."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in call[:3])
+    sinks = call.sinks.to(dtype) if call.sinks is not None else None
+    out, lse = masked_attention(
+        q, k, v, None, None, sinks, softmax_scale=call.softmax_scale, window_left=call.window_left,
+        window_right=call.window_right, diagonal=call.diagonal, softcap=0.0, dropout_p=0.0, rng_state=None,
+        sequences=call.sequences,
+    )  # fmt: skip
+    dlse = dlse.to(lse.dtype).masked_fill(lse.isinf(), 0)
+    grads = torch.autograd.grad([out, lse], [q, k, v], [dout.to(dtype), dlse])
+    return list(grads), lse.detach(), ((dout.to(lse.dtype) * out).sum(-1) - dlse).detach()
+
+
+def _run(kernels: ctypes.CDLL, call: Call, dout: Tensor, dlse: Tensor, late_copies: bool) -> list[Tensor] | None:
+    _, *sums = _reference(call, dout, dlse, torch.float64)
+    lse, delta = (x.float().contiguous() for x in sums)
+    grads = [torch.full(x.shape, math.nan, dtype=x.dtype) for x in call[:3]]
+    if call.sequences is not None:  # what is no sequence's, as the operator leaves it
+        for x in grads:
+            x.zero_()
+    p = AttentionBackwardParams()
+    ctypes.memmove(ctypes.byref(p), ctypes.byref(fill(call, dout, lse)), ctypes.sizeof(AttentionParams))
+    p.dout, p.dout_stride[:], p.delta = dout.data_ptr(), p.out_stride[:], delta.data_ptr()
+    p.dq, p.dk, p.dv = (x.data_ptr() for x in grads)
+    packed = call.sequences is not None and call.k.shape[0] == 1
+    p.key_stride[:] = [0 if packed else p.heads_kv * p.keys, p.keys]
+    return grads if kernels.attention_sm90_backward(ctypes.byref(p), late_copies) else None
+
+
+def _check(kernels: ctypes.CDLL, call: Call, late_copies: bool = False) -> None:
+    dout = torch.randn(*call.q.shape[:3], call.v.shape[3]).to(call.q.dtype)
+    dlse = torch.randn(call.q.shape[:3])
+    actual = _run(kernels, call, dout, dlse, late_copies)
+    assert actual is not None, "not taken"
+    plain, exact = (_reference(call, dout, dlse, dtype)[0] for dtype in (call.q.dtype, torch.float64))
+    for name, ours, peer, true in zip(("dq", "dk", "dv"), actual, plain, exact, strict=True):
+        assert_accurate(ours, peer, true, name, terms=max(call.q.shape[2], call.k.shape[2]))
+
+
+def _tensors(
+    heads: tuple[int, int],
+    rows: int,
+    keys: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+) -> list[Tensor]:
+    """q, k and v in the memory order (batch, rows, heads, channels)."""
+    torch.manual_seed(rows * keys + dims[0])
+    shapes = ((rows, heads[0], dims[0]), (keys, heads[1], dims[0]), (keys, heads[1], dims[1]))
+    return [torch.randn(batch, *shape).to(dtype).transpose(1, 2) for shape in shapes]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["late-products", "late-copies"])
+@pytest.mark.parametrize(
+    ("heads", "rows", "keys", "dims", "dtype"),
+    [
+        ((1, 1), 70, 200, (64, 64), torch.bfloat16),
+        ((4, 2), 150, 90, (40, 64), torch.float16),
+        ((1, 1), 65, 130, (96, 80), torch.float16),
+        ((2, 1), 130, 140, (128, 128), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_every_tile(
+    kernels: ctypes.CDLL,
+    heads: tuple[int, int],
+    rows: int,
+    keys: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    late: bool,
+) -> None:
+    q, k, v = _tensors(heads, rows, keys, dims, dtype, batch=2)
+    _check(kernels, Call(q, k, v, softmax_scale=dims[0] ** -0.5), late)
+
+
+def test_windows(kernels: ctypes.CDLL) -> None:
+    q, k, v = _tensors((2, 1), 200, 260, (64, 64))
+    for window in (
+        {"window_right": 0, "diagonal": 60},
+        {"window_left": 70, "window_right": 3, "diagonal": 30},
+        {"window_left": 20},
+        {"window_right": 0, "diagonal": -100},
+    ):
+        _check(kernels, Call(q, k, v, softmax_scale=0.125, sinks=torch.randn(2), **window))
+
+
+def test_sequences(kernels: ctypes.CDLL) -> None:
+    # Packed: one without rows, one without keys; what lies between them is no one's.
+    extents = [(0, 70, 0, 150, 80), (70, 0, 150, 20, 0), (70, 130, 170, 0, 0), (200, 90, 175, 140, 50)]
+    q, k, v = _tensors((2, 1), 300, 330, (64, 64))
+    for late in (False, True):
+        call = Call(q, k, v, softmax_scale=0.125, window_right=0, sequences=torch.tensor(extents))
+        _check(kernels, call, late)
+
+
+def test_what_others_take(kernels: ctypes.CDLL) -> None:
+    dout, dlse = torch.randn(1, 1, 10, 64).bfloat16(), torch.zeros(1, 1, 10)
+    q, k, v = _tensors((1, 1), 10, 10, (64, 64))
+    assert _run(kernels, Call(q, k, v), dout, dlse, False) is not None
+    assert _run(kernels, Call(q, k, v, softcap=3.0), dout, dlse, False) is None
+    wide = _tensors((1, 1), 10, 10, (192, 64))
+    assert _run(kernels, Call(*wide), dout, dlse, False) is None
