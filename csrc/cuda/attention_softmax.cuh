@@ -85,16 +85,17 @@ __device__ inline void scale_lines(float (&x)[kCount], const float (&factor)[2])
   for (int i = 0; i < kCount; ++i) x[i] *= factor[i / 2 % 2];
 }
 
-// A lane's pairs of four groups of eight columns, x[j] of columns 8 j + 2 t, become the eight columns of group t: the
-// four lanes of a line turn over a 4 x 4 matrix.
+// Four lanes, kStride apart, turn over a 4 x 4 matrix of which each has a row. Those of a line (1): a lane's pairs of
+// four groups of eight columns, x[j] of columns 8 j + 2 t, become the eight columns of group t.
+template <int kStride = 1>
 __device__ inline void transpose_quad(uint32_t (&x)[4]) {
 #pragma unroll
   for (int distance = 1; distance < 4; distance *= 2) {
-    const bool upper = (threadIdx.x & distance) != 0;
+    const bool upper = (threadIdx.x & (distance * kStride)) != 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (j & distance) continue;
-      const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + distance], distance);
+      const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + distance], distance * kStride);
       if (upper) {
         x[j] = received;
       } else {
