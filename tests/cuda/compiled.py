@@ -4,6 +4,7 @@
     python tests/cuda/compiled.py norm 'attention_sm90*'    some files
     python tests/cuda/compiled.py --archs 86,89,120         others
     python tests/cuda/compiled.py --page                    and write the CUDA part of docs/kernels.md
+    python tests/cuda/compiled.py --page --rows FILE...     the same from rows that were printed before
 
 One JSON line a kernel: what ``Binary`` holds, and under ``wrong`` what it must not do (``faults``). The command is that of
 setup.py, ending at machine code; the disassembler is the one in Triton's wheel.
@@ -223,6 +224,17 @@ def everything(archs: Sequence[str], wanted: Sequence[str], processes: int) -> I
             yield from found
 
 
+def read_rows(files: Sequence[Path]) -> Iterator[Binary]:
+    """What ``main`` printed; of a kernel that is there twice the later one, in the place of the earlier."""
+    found: dict[tuple[str, str, str], Binary] = {}
+    for line in (line for path in files for line in path.read_text().splitlines()):
+        row = json.loads(line)
+        row.pop("wrong")
+        binary = Binary(**row | {"spills": tuple(row["spills"])})
+        found[binary.file, binary.arch, binary.kernel] = binary
+    yield from found.values()
+
+
 _HEAD = """
 Made by `python tests/cuda/compiled.py --page` with {version}, without a GPU: nothing here has been timed, and a kernel that
 compiles well has not run. A cell reads
@@ -269,11 +281,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--archs", default="80,90a")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--page", action="store_true", help="write the CUDA part of docs/kernels.md; with all files")
+    parser.add_argument("--rows", nargs="+", type=Path, help="instead of compiling")
     args = parser.parse_args(argv)
     if args.page and args.file:
         parser.error("--page is for all files")
+    rows = read_rows(args.rows) if args.rows else everything(args.archs.split(","), args.file, args.processes)
     binaries, wrong = [], 0
-    for binary in everything(args.archs.split(","), args.file, args.processes):
+    for binary in rows:
         found = list(faults(binary))
         wrong += len(found)
         print(json.dumps({**dataclasses.asdict(binary), "wrong": found}), flush=True)
