@@ -65,17 +65,20 @@ __global__ void __launch_bounds__(kThreads)
   if (p.dslopes != nullptr) static_cast<float*>(p.dslopes)[first * p.slopes_stride_batch + head] = total[1];
 }
 
-// `aligned`: every row of out and dout is made of whole 16-byte pieces.
 template <class T, class Launch>
-void launch_attention_delta(const AttentionBackwardParams& p, bool aligned, const Launch& launch) {
+void launch_attention_delta(const AttentionBackwardParams& p, const Launch& launch) {
   const AttentionTiling tiling = attention_tiling(p, kDeltaRows, 1);
+  if (tiling.tiles() == 0) return;
+  const bool aligned =
+      rows_aligned(p.out, p.out_stride, 3) && rows_aligned(p.dout, p.dout_stride, 3) && p.head_dim_v % 8 == 0;
   launch("attention_delta", attention_delta_kernel<T>, LaunchConfig{tiling.tiles(), kRowThreads}, p, tiling, aligned);
 }
 
 template <class Launch>
 void launch_attention_row_sum(const AttentionBackwardParams& p, const Launch& launch) {
-  if (p.dsinks == nullptr && p.dslopes == nullptr) return;
+  if (p.heads == 0 || (p.dsinks == nullptr && p.dslopes == nullptr)) return;
   const int64_t sums = p.dslopes != nullptr && p.slopes_stride_batch != 0 ? p.batch : 1;
+  if (sums == 0) return;
   launch("attention_row_sum", attention_row_sum_kernel<kRowThreads>, LaunchConfig{p.heads * sums, kRowThreads}, p);
 }
 

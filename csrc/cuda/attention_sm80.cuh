@@ -164,12 +164,5 @@ __device__ inline void poison_lines(const float (&weight)[kRows / 2], RowBits br
   for (int i = 0; i < kCount; ++i) d[i] += add[i / 2 % 2];
 }
 
-// Where rows of a tensor begin: multiples of 16 bytes?
-inline bool rows_aligned(const void* data, const int64_t* stride, int strides) {
-  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (int i = 0; i < strides; ++i) aligned = aligned && stride[i] % 8 == 0;
-  return aligned;
-}
-
 }  // namespace cuda
 }  // namespace fastattn

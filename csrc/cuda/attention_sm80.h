@@ -11,11 +11,15 @@ namespace cuda {
 // channels, no pages; everything else of a call is taken.
 void launch_attention_sm80_forward(const AttentionParams& p, const StreamLaunch& launch);
 
-// Every gradient that p has a place for, of the same calls. p.delta is always there, p.slope_rows with p.dslopes. Rows
-// and keys that are no sequence's keep what their gradients hold; packed sequences follow one another. The second is of
-// float16, in a file of its own.
+// Backward of the same calls, in this order; rows and keys that are no sequence's keep what their gradients hold,
+// packed sequences follow one another. First p.delta of every row, in float32, lying as p.lse does.
+void launch_attention_delta(const AttentionBackwardParams& p, const StreamLaunch& launch);
+// Then dq, dk, dv and, where p has a place for them, dmask and each row's part of the slopes' gradients, p.slope_rows.
+// Those of float16 are in a file of their own.
 void launch_attention_sm80_backward(const AttentionBackwardParams& p, const StreamLaunch& launch);
 void launch_attention_sm80_backward_float16(const AttentionBackwardParams& p, const StreamLaunch& launch);
+// Then dsinks and dslopes, where p has a place for them.
+void launch_attention_row_sums(const AttentionBackwardParams& p, const StreamLaunch& launch);
 
 }  // namespace cuda
 }  // namespace fastattn

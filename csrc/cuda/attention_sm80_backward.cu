@@ -11,7 +11,6 @@ void launch_attention_sm80_backward(const AttentionBackwardParams& p, const Stre
 }
 
 FASTATTN_SM80_BACKWARD(BFloat16);
-template __global__ void attention_row_sum_kernel<kRowThreads>(const __grid_constant__ AttentionBackwardParams);
 
 }  // namespace cuda
 }  // namespace fastattn

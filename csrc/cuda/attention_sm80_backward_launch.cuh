@@ -1,7 +1,6 @@
 // Which kernels a backward pass on mma.sync takes, and how they are launched.
 #pragma once
 
-#include "cuda/attention_backward_rows.cuh"
 #include "cuda/attention_sm80_mask_gradient.cuh"
 
 namespace fastattn {
@@ -51,35 +50,23 @@ void launch_attention_sm80_general_gradients(const AttentionSm80BackwardCall& p,
   run(std::integral_constant<int, 256>());
 }
 
-// Every gradient that p has a place for. float16 or bfloat16, up to 256 channels, no pages; rows and keys that are no
-// sequence's are left as they are, packed sequences follow one another.
+// dq, dk, dv and, where p has a place for them, dmask and each row's part of the slopes' gradients. float16 or
+// bfloat16, up to 256 channels, no pages; rows and keys that are no sequence's are left as they are, packed sequences
+// follow one another. p.delta is filled.
 template <class T, class Launch>
 void launch_attention_sm80_backward(const AttentionBackwardParams& params, const Launch& launch) {
   AttentionSm80BackwardCall p{};
   static_cast<AttentionBackwardParams&>(p) = params;
+  if (p.batch == 0 || p.heads == 0) return;
   p.q_aligned = rows_aligned(p.q, p.q_stride, 3), p.k_aligned = rows_aligned(p.k, p.k_stride, 3);
   p.v_aligned = rows_aligned(p.v, p.v_stride, 3), p.dout_aligned = rows_aligned(p.dout, p.dout_stride, 3);
-  if (p.batch > 0 && p.heads > 0) {
-    const bool out_aligned = rows_aligned(p.out, p.out_stride, 3) && p.dout_aligned && p.head_dim_v % 8 == 0;
-    if (p.rows > 0) launch_attention_delta<T>(p, out_aligned, launch);
-    if (!PlainScores::takes(p)) {
-      launch_attention_sm80_general_gradients<T>(p, launch);
-    } else {
-      const int64_t channels = std::max(p.head_dim, p.head_dim_v);
-      if (channels <= 64) {
-        launch_attention_sm80_gradients<T, 64, false>(p, launch);
-      } else if (channels <= 96) {
-        launch_attention_sm80_gradients<T, 96, false>(p, launch);
-      } else if (channels <= 128) {
-        launch_attention_sm80_gradients<T, 128, false>(p, launch);
-      } else if (channels <= 192) {
-        launch_attention_sm80_gradients<T, 192, false>(p, launch);
-      } else {
-        launch_attention_sm80_gradients<T, 256, false>(p, launch);
-      }
-    }
-  }
-  if (p.heads > 0) launch_attention_row_sum(p, launch);
+  if (!PlainScores::takes(p)) return launch_attention_sm80_general_gradients<T>(p, launch);
+  const int64_t channels = std::max(p.head_dim, p.head_dim_v);
+  if (channels <= 64) return launch_attention_sm80_gradients<T, 64, false>(p, launch);
+  if (channels <= 96) return launch_attention_sm80_gradients<T, 96, false>(p, launch);
+  if (channels <= 128) return launch_attention_sm80_gradients<T, 128, false>(p, launch);
+  if (channels <= 192) return launch_attention_sm80_gradients<T, 192, false>(p, launch);
+  launch_attention_sm80_gradients<T, 256, false>(p, launch);
 }
 
 // What the .cu of each type instantiates.
@@ -98,20 +85,18 @@ void launch_attention_sm80_backward(const AttentionBackwardParams& params, const
 #define FASTATTN_MASK_GRADIENT(T, kD)                                  \
   template __global__ void attention_sm80_mask_gradient_kernel<T, kD>( \
       const __grid_constant__ AttentionSm80BackwardCall, MaskTiling)
-#define FASTATTN_SM80_BACKWARD(T)                                                                                      \
-  FASTATTN_GRADIENTS(T, 64, false);                                                                                    \
-  FASTATTN_GRADIENTS(T, 96, false);                                                                                    \
-  FASTATTN_GRADIENTS(T, 128, false);                                                                                   \
-  FASTATTN_WIDE_GRADIENTS(T, 192, false);                                                                              \
-  FASTATTN_WIDE_GRADIENTS(T, 256, false);                                                                              \
-  FASTATTN_GRADIENTS(T, 64, true);                                                                                     \
-  FASTATTN_GRADIENTS(T, 128, true);                                                                                    \
-  FASTATTN_WIDE_GRADIENTS(T, 256, true);                                                                               \
-  FASTATTN_MASK_GRADIENT(T, 64);                                                                                       \
-  FASTATTN_MASK_GRADIENT(T, 128);                                                                                      \
-  FASTATTN_MASK_GRADIENT(T, 256);                                                                                      \
-  template __global__ void attention_delta_kernel<T>(const __grid_constant__ AttentionBackwardParams, AttentionTiling, \
-                                                     bool)
+#define FASTATTN_SM80_BACKWARD(T)         \
+  FASTATTN_GRADIENTS(T, 64, false);       \
+  FASTATTN_GRADIENTS(T, 96, false);       \
+  FASTATTN_GRADIENTS(T, 128, false);      \
+  FASTATTN_WIDE_GRADIENTS(T, 192, false); \
+  FASTATTN_WIDE_GRADIENTS(T, 256, false); \
+  FASTATTN_GRADIENTS(T, 64, true);        \
+  FASTATTN_GRADIENTS(T, 128, true);       \
+  FASTATTN_WIDE_GRADIENTS(T, 256, true);  \
+  FASTATTN_MASK_GRADIENT(T, 64);          \
+  FASTATTN_MASK_GRADIENT(T, 128);         \
+  FASTATTN_MASK_GRADIENT(T, 256)
 
 }  // namespace cuda
 }  // namespace fastattn

@@ -86,6 +86,13 @@ __device__ inline void store_packed(const Packed<T>& x, T* row, int i, int n, bo
   }
 }
 
+// Whether all rows of a tensor of 16-bit values begin at multiples of 16 bytes.
+inline bool rows_aligned(const void* data, const int64_t* stride, int strides) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int i = 0; i < strides; ++i) aligned = aligned && stride[i] % 8 == 0;
+  return aligned;
+}
+
 // Where chunk `chunk` (of 16 bytes, kChunks to a row) of row `row` lies in a tile of shared memory, in chunks. Eight
 // consecutive rows at one chunk, and eight neighbouring chunks of one row, are in different banks.
 template <int kChunks>

@@ -2,17 +2,24 @@
 // tests/cuda/test_attention_sm80_backward_host.py.
 // clang-format off
 #include "host_ptx.h"  // first: it gives the rest its CUDA words
+#include "cuda/attention_backward_rows.cuh"
 #include "cuda/attention_sm80_backward_launch.cuh"
 // clang-format on
 
 using namespace fastattn;
 
+template <class T>
+void run(const AttentionBackwardParams& p) {
+  const host_cuda::Launch launch;
+  cuda::launch_attention_delta<T>(p, launch);
+  cuda::launch_attention_sm80_backward<T>(p, launch);
+  cuda::launch_attention_row_sum(p, launch);
+}
+
 extern "C" {
 
 void attention_sm80_backward(const AttentionBackwardParams* p) {
-  const host_cuda::Launch launch;
-  p->dtype == DType::kFloat16 ? cuda::launch_attention_sm80_backward<Half>(*p, launch)
-                              : cuda::launch_attention_sm80_backward<BFloat16>(*p, launch);
+  p->dtype == DType::kFloat16 ? run<Half>(*p) : run<BFloat16>(*p);
 }
 
 // How often the tiles of keys of a call come to each key of each key head: (batch entries of k, heads_kv, keys of p).
