@@ -6,14 +6,14 @@
 #include <utility>
 
 #include "cuda/attention_launch.h"
+#include "cuda/attention_plan.h"
+#include "cuda/attention_sm80.h"
 #include "cuda/operator.h"
 #include "ops/attention.h"
 
 namespace fastattn {
 namespace cuda {
 namespace {
-
-constexpr int64_t kMostChannels = 256;
 
 int32_t device_of(const Tensor& q) {
   FASTATTN_CHECK(q.is_cuda(), "attention: q is not on a CUDA device");
@@ -33,10 +33,7 @@ void check_devices(const AttentionInputs& x) {
 
 AttentionParams device_params(const AttentionInputs& x, const AttentionOptions& options) {
   check_devices(x);
-  const AttentionParams p = attention_params(x, options, [](AttentionParams&) {});
-  FASTATTN_CHECK(p.dtype != DType::kFloat64, "attention: the CUDA kernels accumulate in float32, q is float64");
-  FASTATTN_CHECK(std::max(p.head_dim, p.head_dim_v) <= kMostChannels, "attention: head_dim is over ", kMostChannels);
-  return p;
+  return attention_params(x, options, [](AttentionParams&) {});
 }
 
 // (batch, heads, rows, channels) in the memory order of q, as the operator's fake announces.
@@ -53,6 +50,12 @@ bool rows_packed(const AttentionInputs& x) {
 }
 bool keys_packed(const AttentionInputs& x) {
   return x.sequences.has_value() && x.sequences->size(0) > 1 && x.k.size(0) == 1 && !x.block_table.has_value();
+}
+
+// With unit last stride, and not the same rows for several sequences by a stride of 0, which would pass for packed
+// ones.
+Tensor readable_queries(const Tensor& q) {
+  return q.size(0) > 1 && q.stride(0) == 0 ? torch::stable::contiguous(q) : unit_last_stride(q);
 }
 
 // What rows have that are no sequence's.
@@ -80,18 +83,29 @@ void run_decode(const AttentionParams& attention, const AttentionInputs& x, cons
   launch_attention_decode(p, launch);
 }
 
+// The kernels of full tiles: TMA and wgmma where device and tensors allow it, else mma.sync.
+void run_tiles(const AttentionParams& p, const DeviceFacts& facts, const StreamLaunch& launch) {
+  if (facts.capability == 90 && attention_forward_sm90_takes(p)) {
+    return launch_attention_forward_sm90(p, facts.multiprocessors, launch);
+  }
+  launch_attention_sm80_forward(p, launch);
+}
+
 // out; p.lse where it is wanted. q_in has the memory order that out shall have.
 Tensor run_forward(AttentionParams& p, const AttentionInputs& x, const Tensor& q_in, const OptionalTensor& lse,
                    const Fresh& fresh = {}) {
-  FASTATTN_CHECK(p.rows <= kDecodeRows && p.dropout.threshold == 0, "attention: the CUDA kernels take up to ",
-                 kDecodeRows, " rows without dropout");
+  const ForwardPlan plan = plan_forward(p, x.sequences.has_value(), rows_packed(x));
+  FASTATTN_CHECK(plan.refusal == nullptr, "attention: the CUDA kernels do not take ", plan.refusal);
   const Tensor out = output_like(q_in, p.head_dim_v);
   p.out = out.mutable_data_ptr();
   set_strides(out, p.out_stride);
   if (x.sequences.has_value() && x.q.size(0) == 1) p.out_stride[0] = 0;
-  const StreamLaunch launch{current_stream(x.q.get_device_index())};
-  if (rows_packed(x)) fill_uncovered(out, lse);
-  if (p.batch > 0 && p.heads > 0 && p.rows > 0) run_decode(p, x, launch, fresh);
+  const int32_t device = x.q.get_device_index();
+  const StreamLaunch launch{current_stream(device)};
+  if (plan.fills) fill_uncovered(out, lse);
+  if (p.batch == 0 || p.heads == 0 || p.rows == 0) return out;
+  if (plan.tiles) run_tiles(p, device_facts(device), launch);
+  if (plan.decodes) run_decode(p, x, launch, fresh);
   return out;
 }
 
@@ -103,7 +117,7 @@ Tensor attention_inference(const Tensor& q_in, const Tensor& k_in, const Tensor&
                            double dropout_p, const OptionalTensor& rng_state, const OptionalTensor& sequences,
                            const OptionalTensor& block_table, bool) {
   const torch::stable::accelerator::DeviceGuard guard(device_of(q_in));
-  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  const Tensor q = readable_queries(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const AttentionInputs x{q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table};
   AttentionParams p =
       device_params(x, {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
@@ -118,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q_in, const T
                                                      const OptionalTensor& rng_state, const OptionalTensor& sequences,
                                                      const OptionalTensor& block_table, bool) {
   const torch::stable::accelerator::DeviceGuard guard(device_of(q_in));
-  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  const Tensor q = readable_queries(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const AttentionInputs x{q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table};
   AttentionParams p =
       device_params(x, {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
@@ -136,7 +150,7 @@ std::tuple<Tensor, Tensor> attention_append(const Tensor& q_in, const Tensor& k_
                                             int64_t window_right, double softcap, const Tensor& sequences_in,
                                             const OptionalTensor& block_table) {
   const torch::stable::accelerator::DeviceGuard guard(device_of(q_in));
-  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  const Tensor q = readable_queries(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const OptionalTensor none = std::nullopt, sequences = sequences_in;
   const AttentionInputs x{q, k_cache, v_cache, none, alibi_slopes, sinks, sequences, block_table};
   AttentionParams p = device_params(x, {softmax_scale, window_left, window_right, 0, softcap, 0.0, none});

@@ -11,9 +11,10 @@ namespace cuda {
 // row * pack + h is that row of head h of the `pack` heads that share keys and values.
 struct AttentionTiling {
   int tile_lines, pack;
-  bool q_packed;   // the sequences lie one after the other in one batch entry
-  int64_t groups;  // of `pack` heads, in all batch entries; of one if q_packed
-  int64_t blocks;  // tiles of each, at most
+  bool q_packed;    // the sequences lie one after the other in one batch entry
+  int64_t groups;   // of `pack` heads, in all batch entries; of one if q_packed
+  int64_t blocks;   // tiles of each, at most
+  int fewest_rows;  // sequences of fewer, another kernel's, have none here
   int64_t section;
 
   __host__ __device__ int64_t tiles() const { return groups * blocks; }
@@ -22,9 +23,18 @@ struct AttentionTiling {
 // Keys and values that one section of groups reads: of the 50 MB of an H100's L2 what queries and results leave.
 constexpr int64_t kSectionBytes = 32 << 20;
 
-inline AttentionTiling attention_tiling(const AttentionParams& p, int tile_lines, int pack) {
+// Up to this many rows of a sequence are a decoding step (attention_decode.cuh), unless there is dropout.
+constexpr int kDecodeRows = 8;
+
+// In forward such sequences are left alone among packed ones: with the others' kernel they would have other bits than
+// alone.
+inline int fewest_rows_of_tiles(const AttentionParams& p) {
+  return p.sequences != nullptr && p.q_stride[0] == 0 && p.dropout.threshold == 0 ? kDecodeRows + 1 : 0;
+}
+
+inline AttentionTiling attention_tiling(const AttentionParams& p, int tile_lines, int pack, int fewest_rows = 0) {
   AttentionTiling tiling;
-  tiling.tile_lines = tile_lines, tiling.pack = pack;
+  tiling.tile_lines = tile_lines, tiling.pack = pack, tiling.fewest_rows = fewest_rows;
   tiling.q_packed = p.sequences != nullptr && p.batch > 1 && p.q_stride[0] == 0;
   tiling.groups = p.heads / pack * (tiling.q_packed ? 1 : p.batch);
   tiling.blocks =
@@ -76,7 +86,7 @@ __host__ __device__ inline AttentionTile attention_tile(const AttentionParams& p
           static_cast<int>(group % heads),
           static_cast<int>(block * tiling.tile_lines),
           static_cast<int>(own.q_begin),
-          static_cast<int>(own.rows),
+          own.rows < tiling.fewest_rows ? 0 : static_cast<int>(own.rows),
           static_cast<int>(own.k_begin),
           static_cast<int>(own.keys),
           own.diagonal};

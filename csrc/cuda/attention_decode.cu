@@ -20,14 +20,14 @@ void launch_attention_decode(const DecodeParams& p, const StreamLaunch& launch) 
   }
 }
 
-#define FASTATTN_DECODE(T)                                                       \
-  template __global__ void attention_decode_kernel<T, 64, false>(DecodeParams);  \
-  template __global__ void attention_decode_kernel<T, 64, true>(DecodeParams);   \
-  template __global__ void attention_decode_kernel<T, 128, false>(DecodeParams); \
-  template __global__ void attention_decode_kernel<T, 128, true>(DecodeParams);  \
-  template __global__ void attention_decode_kernel<T, 256, false>(DecodeParams); \
-  template __global__ void attention_decode_kernel<T, 256, true>(DecodeParams);  \
-  template __global__ void attention_combine_kernel<T>(DecodeParams)
+#define FASTATTN_DECODE_WIDTH(T, kD)                                                                          \
+  template __global__ void attention_decode_kernel<T, kD, PlainScores>(const __grid_constant__ DecodeParams); \
+  template __global__ void attention_decode_kernel<T, kD, GeneralScores>(const __grid_constant__ DecodeParams)
+#define FASTATTN_DECODE(T)       \
+  FASTATTN_DECODE_WIDTH(T, 64);  \
+  FASTATTN_DECODE_WIDTH(T, 128); \
+  FASTATTN_DECODE_WIDTH(T, 256); \
+  template __global__ void attention_combine_kernel<T>(const __grid_constant__ DecodeParams)
 
 FASTATTN_DECODE(BFloat16);
 FASTATTN_DECODE(Half);

@@ -24,91 +24,26 @@
 namespace fastattn {
 namespace cuda {
 
-// Where line `line` of a block is: row, head, and its cell in p.sums.
-struct DecodeLine {
-  int64_t row, head, cell;
-};
-__device__ inline DecodeLine decode_line(const DecodeParams& p, int64_t slot, int head_kv, int line) {
-  const int group = static_cast<int>(p.heads / p.heads_kv);
-  const int64_t row = line / group, head = int64_t{head_kv} * group + line % group;
-  return {row, head, (slot * p.heads + head) * p.part_rows + row};
-}
-
-// What the score of a line needs beside its products, kept in shared memory: registers are for accumulators.
-struct alignas(16) DecodeScore {
-  int64_t mask;  // where its row of the mask begins, in elements
-  float slope;
-  int row;
+// A line of a block, kept in shared memory, since registers are for accumulators: where it lies and which keys it sees.
+// One past the last row sees none.
+struct alignas(16) DecodeLine {
+  ScoreLine at;
+  KeyRange seen;
 };
 
-// Thread i < 16 writes what line i needs.
-__device__ inline void store_line_score(const DecodeParams& p, const Sequence& own, int64_t sequence, int head_kv,
-                                        int first_line, DecodeScore* lines) {
+// Thread i < 16 writes line i of the tile; of the keys those before `end`.
+__device__ inline void store_lines(const DecodeParams& p, const AttentionTile& own, int end, DecodeLine* lines) {
   if (threadIdx.x >= kDecodeLines) return;
-  const DecodeLine at = decode_line(p, 0, head_kv, first_line + static_cast<int>(threadIdx.x));
-  DecodeScore line{0, 0.0f, static_cast<int>(at.row)};
-  if (p.slopes != nullptr) line.slope = static_cast<const float*>(p.slopes)[sequence * p.slopes_stride_batch + at.head];
-  // A line past the last row of the sequence reads the mask of row 0.
-  line.mask =
-      sequence * p.mask_stride[0] + at.head * p.mask_stride[1] + (at.row < own.rows ? at.row : 0) * p.mask_stride[2];
-  lines[threadIdx.x] = line;
+  const int group = static_cast<int>(p.heads / p.heads_kv), line = own.first_line + static_cast<int>(threadIdx.x);
+  const ScoreLine at = {line / group, own.group * group + line % group};
+  KeyRange seen = at.row < own.rows ? keys_of_row(p, own, at.row) : KeyRange{0, 0};
+  seen.end = seen.end < end ? seen.end : end;
+  lines[threadIdx.x] = {at, seen};
 }
 
-// softcap, ALiBi and mask of a product; whether the mask leaves the key.
-template <class T>
-__device__ inline bool general_score(const DecodeParams& p, const DecodeScore& line, int diagonal, int key, int stop,
-                                     float* x) {
-  float value = *x * static_cast<float>(p.scale);
-  if (p.softcap > 0) {
-    const float cap = static_cast<float>(p.softcap);
-    value = cap * tanhf(value / cap);
-  }
-  value -= line.slope * fabsf(static_cast<float>(line.row + diagonal - key));
-  bool visible = true;
-  if (p.mask != nullptr && key < stop) {
-    const int64_t at = line.mask + key * p.mask_stride[3];
-    if (p.mask_dtype == DType::kBool) {
-      visible = static_cast<const uint8_t*>(p.mask)[at] != 0;
-    } else {
-      const float bias = p.mask_dtype == DType::kFloat32 ? static_cast<const float*>(p.mask)[at]
-                                                         : widen(static_cast<const T*>(p.mask)[at]);
-      visible = bias != -INFINITY;
-      value += bias;
-    }
-  }
-  *x = value * kLog2E;
-  return visible;
-}
-
-// Products of 16 lines and keys [key, key + 16) to scores in base 2; with kTested -inf where a key is not visible.
-// Returns bit 4 tile + e where s[tile][e] is.
-template <class T, bool kGeneral, bool kTested>
-__device__ inline unsigned finish_scores(const DecodeParams& p, const DecodeScore* lines, int diagonal, int first,
-                                         int stop, float (&s)[2][4]) {
-  unsigned seen = 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const DecodeScore line = lines[threadIdx.x % 32 / 4 + 8 * half];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int key = first + j / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + j % 2;
-      float& x = s[j / 2][2 * half + j % 2];
-      bool visible = true;
-      if constexpr (kGeneral) {
-        visible = general_score<T>(p, line, diagonal, key, stop, &x);
-      } else {
-        x *= static_cast<float>(p.scale) * kLog2E;
-      }
-      if constexpr (kTested) {
-        const int distance = key - line.row - diagonal;
-        visible = visible && key < stop && (p.window_left < 0 || distance >= -p.window_left) &&
-                  (p.window_right < 0 || distance <= p.window_right);
-        x = visible ? x : -INFINITY;
-        seen |= static_cast<unsigned>(visible) << (j / 2 * 4 + 2 * half + j % 2);
-      }
-    }
-  }
-  return seen;
+// The row of `at` in p.sums.
+__device__ inline int64_t cell_of(const DecodeParams& p, int64_t slot, const ScoreLine& at) {
+  return (slot * p.heads + at.head) * p.part_rows + at.row;
 }
 
 __device__ inline void store_zero(char* chunk) { *reinterpret_cast<Packed<float>*>(chunk) = {}; }
@@ -120,14 +55,13 @@ class DecodeRing {
   using Tile = DecodeTile<T, kD>;
 
   // Tiles begin, begin + step, ... of 16 keys from `first` on; keys from `stop` on load as zero.
-  __device__ DecodeRing(const DecodeParams& p, const Sequence& own, int64_t sequence, int head_kv, int first, int stop,
-                        char* memory)
+  __device__ DecodeRing(const DecodeParams& p, const AttentionTile& own, int first, int stop, char* memory)
       : p_(p),
         memory_(memory),
-        sequence_(static_cast<int>(sequence)),
-        head_(head_kv),
-        k_begin_(static_cast<int>(own.k_begin)),
-        first_fresh_(static_cast<int>(own.keys - own.rows)),
+        sequence_(own.batch),
+        head_(own.group),
+        k_begin_(own.k_begin),
+        first_fresh_(own.keys - own.rows),
         next_(first),
         stop_(stop) {
     // Chunks past the last channel stay zero: no copy touches them.
@@ -232,50 +166,10 @@ class DecodeRing {
   int page_ = 0;
 };
 
-// m, l and acc of a warp's lines; m and l of line g + 8 i are [i]. l is the thread's own share until `join`.
+// In a product 0 · NaN is NaN. So keys whose values hold a NaN or an infinity leave the tile, and the lines with a
+// weight on such a key become NaN.
 template <class T, int kD>
-struct DecodeState {
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
-  float acc[kD / 8][4] = {};
-
-  // One step of the online softmax: scores in base 2 to the weights of their values.
-  __device__ void fold(float (&s)[2][4]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float highest = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-      const float m_new = fmaxf(m[half], highest);
-      // A line that has seen nothing yet keeps m = -inf; subtracting 0 instead gives 2^-inf = 0.
-      const float shift = m_new == -INFINITY ? 0.0f : m_new;
-      const float alpha = exp2f(m[half] - shift);
-      m[half] = m_new;
-      float sum = 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float& x = s[j / 2][2 * half + j % 2];
-        x = exp2f(x - shift);
-        sum += x;
-      }
-      l[half] = l[half] * alpha + sum;
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) acc[n][2 * half] *= alpha, acc[n][2 * half + 1] *= alpha;
-    }
-  }
-
-  __device__ void join() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      l[half] += __shfl_xor_sync(0xffffffffu, l[half], 1);
-      l[half] += __shfl_xor_sync(0xffffffffu, l[half], 2);
-    }
-  }
-};
-
-// In a product 0 · NaN is NaN. So keys whose values hold a NaN or an infinity leave the tile, and the lines that see
-// such a key become NaN. `seen` is that of finish_scores.
-template <class T, int kD>
-__device__ inline void guard_values(char* v, unsigned seen, float (&acc)[kD / 8][4]) {
+__device__ inline void guard_values(char* v, const float (&weight)[8], float (&acc)[kD / 2]) {
   using Tile = DecodeTile<T, kD>;
   const int lane = threadIdx.x % 32;
   bool broken = false;
@@ -296,27 +190,22 @@ __device__ inline void guard_values(char* v, unsigned seen, float (&acc)[kD / 8]
     }
   }
   __syncwarp();
+  float add[2] = {0, 0};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int poisoned = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int key = j / 2 * 8 + lane % 4 * 2 + j % 2;
-      poisoned |= static_cast<int>(seen >> (j / 2 * 4 + 2 * half + j % 2) & keys >> key & 1);
-    }
-    poisoned |= __shfl_xor_sync(0xffffffffu, poisoned, 1);
-    poisoned |= __shfl_xor_sync(0xffffffffu, poisoned, 2);
-#pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-      acc[n][2 * half] += poisoned ? NAN : 0.0f, acc[n][2 * half + 1] += poisoned ? NAN : 0.0f;
-    }
+  for (int i = 0; i < 8; ++i) {
+    const int key = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if ((keys >> key & 1) != 0 && weight[i] != 0) add[i / 2 % 2] = NAN;
   }
+#pragma unroll
+  for (int line = 0; line < 2; ++line) add[line] = quad_reduce(add[line], [](float x, float y) { return x + y; });
+#pragma unroll
+  for (int i = 0; i < kD / 2; ++i) acc[i] += add[i / 2 % 2];
 }
 
-// acc, l and m of the block's lines from those of its warps, which take the place of their rings.
+// acc, l and m of the block's lines from those of its warps, which take the place of their rings. m in base 2.
 template <class T, int kD>
-__device__ inline void merge_warps(const DecodeParams& p, const DecodeState<T, kD>& state, int64_t rows, int64_t slot,
-                                   int head_kv, int first_line, char* memory) {
+__device__ inline void merge_warps(const DecodeParams& p, const SoftmaxState& state, const float (&sums)[kD / 2],
+                                   float unit, int64_t slot, int rows, const DecodeLine* lines, char* memory) {
   using Tile = DecodeTile<T, kD>;
   constexpr int kLines = kDecodeLines;
   float* acc = reinterpret_cast<float*>(memory);
@@ -326,66 +215,65 @@ __device__ inline void merge_warps(const DecodeParams& p, const DecodeState<T, k
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int line = warp * kLines + lane / 4 + 8 * half;
-    if (lane % 4 == 0) m[line] = state.m[half], l[line] = state.l[half];
+    const float total = quad_reduce(state.l[half], [](float x, float y) { return x + y; });
+    if (lane % 4 == 0) m[line] = state.m[half] == kHidden ? kHidden : state.m[half] * unit, l[line] = total;
 #pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-      acc[line * kD + 8 * n + lane % 4 * 2] = state.acc[n][2 * half];
-      acc[line * kD + 8 * n + lane % 4 * 2 + 1] = state.acc[n][2 * half + 1];
+    for (int i = 2 * half; i < kD / 2; i += i % 2 == 0 ? 1 : 3) {
+      acc[line * kD + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
     }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kLines * kD; i += Tile::kThreads) {
     const int line = i / kD, channel = i % kD;
-    const DecodeLine at = decode_line(p, slot, head_kv, first_line + line);
+    const ScoreLine at = lines[line].at;
     if (at.row >= rows || channel >= p.head_dim_v) continue;
-    float highest = -INFINITY, sum = 0, value = 0;
+    float highest = kHidden, sum = 0, value = 0;
 #pragma unroll
     for (int w = 0; w < Tile::kWarps; ++w) highest = fmaxf(highest, m[w * kLines + line]);
-    const float shift = highest == -INFINITY ? 0.0f : highest;
+    const float shift = highest == kHidden ? 0.0f : highest;
 #pragma unroll
     for (int w = 0; w < Tile::kWarps; ++w) {
-      const float factor = exp2f(m[w * kLines + line] - shift);
+      const float factor = exp2_fast(m[w * kLines + line] - shift);
       sum += factor * l[w * kLines + line];
       value += factor * acc[(w * kLines + line) * kD + channel];
     }
-    p.acc[at.cell * p.head_dim_v + channel] = value;
-    if (channel == 0) p.sums[at.cell] = sum, p.sums[p.slots * p.heads * p.part_rows + at.cell] = highest;
+    const int64_t cell = cell_of(p, slot, at);
+    p.acc[cell * p.head_dim_v + channel] = value;
+    if (channel == 0) p.sums[cell] = sum, p.sums[p.slots * p.heads * p.part_rows + cell] = highest;
   }
 }
 
 template <class T, int kD>
-__device__ inline void load_lines(const DecodeParams& p, const Sequence& own, int64_t sequence, int head_kv,
-                                  int first_line, char* q) {
+__device__ inline void load_queries(const DecodeParams& p, const AttentionTile& own, const DecodeLine* lines, char* q) {
   using Tile = DecodeTile<T, kD>;
   const bool aligned = p.aligned && p.head_dim % Tile::kVector == 0;
   for (int i = threadIdx.x; i < kDecodeLines * Tile::kChunks; i += Tile::kThreads) {
     const int line = i / Tile::kChunks, chunk = i % Tile::kChunks;
-    const DecodeLine at = decode_line(p, 0, head_kv, first_line + line);
+    const ScoreLine at = lines[line].at;
     Packed<T> values = {};
     if (at.row < own.rows) {
-      const T* row = static_cast<const T*>(p.q) + sequence * p.q_stride[0] + at.head * p.q_stride[1] +
-                     (own.q_begin + at.row) * p.q_stride[2];
+      const T* row = static_cast<const T*>(p.q) + own.batch * p.q_stride[0] + at.head * p.q_stride[1] +
+                     (int64_t{own.q_begin} + at.row) * p.q_stride[2];
       values = load_packed(row, chunk * Tile::kVector, static_cast<int>(p.head_dim), aligned);
     }
     *reinterpret_cast<Packed<T>*>(q + tile_offset<Tile::kChunks>(line, chunk)) = values;
   }
 }
 
-// Writes this call's own keys and values among [begin, stop) to the cache, which nobody reads them from.
+// Writes this call's own keys and values of a part to the cache, which nobody reads them from.
 template <class T>
-__device__ inline void append_fresh(const DecodeParams& p, const Sequence& own, int64_t sequence, int head_kv,
-                                    int64_t begin, int64_t stop, int threads) {
-  const int64_t first = own.keys - own.rows;
-  for (int64_t key = first > begin ? first : begin; key < stop; ++key) {
-    int64_t entry = sequence, line = own.k_begin + key;
+__device__ inline void append_fresh(const DecodeParams& p, const AttentionTile& own, KeyRange part, int threads) {
+  const int first = own.keys - own.rows;
+  for (int key = first > part.begin ? first : part.begin; key < part.end; ++key) {
+    int64_t entry = own.batch, line = int64_t{own.k_begin} + key;
     if (p.block_table != nullptr) {
-      entry = p.block_table[sequence * p.max_pages + key / p.page_size], line = key % p.page_size;
+      entry = p.block_table[own.batch * p.max_pages + key / p.page_size], line = key % p.page_size;
     }
     const auto copy = [&](const void* from, const int64_t (&from_stride)[3], const void* to, const int64_t (&stride)[3],
                           int64_t channels) {
-      const T* source = static_cast<const T*>(from) + sequence * from_stride[0] + head_kv * from_stride[1] +
+      const T* source = static_cast<const T*>(from) + own.batch * from_stride[0] + own.group * from_stride[1] +
                         (key - first) * from_stride[2];
-      T* target = static_cast<T*>(const_cast<void*>(to)) + entry * stride[0] + head_kv * stride[1] + line * stride[2];
+      T* target = static_cast<T*>(const_cast<void*>(to)) + entry * stride[0] + own.group * stride[1] + line * stride[2];
       for (int64_t channel = threadIdx.x; channel < channels; channel += threads) target[channel] = source[channel];
     };
     copy(p.fresh_k, p.fresh_k_stride, p.k, p.k_stride, p.head_dim);
@@ -395,59 +283,62 @@ __device__ inline void append_fresh(const DecodeParams& p, const Sequence& own, 
 
 // acc, l and m of one part of the keys for 16 lines of one key head. A block: (slot, key head, tile of lines), lines
 // fastest, so that blocks that read the same keys run together.
-template <class T, int kD, bool kGeneral>
-__global__ void __launch_bounds__(DecodeTile<T, kD>::kThreads, 1) attention_decode_kernel(DecodeParams p) {
+template <class T, int kD, class Scores>
+__global__ void __launch_bounds__(DecodeTile<T, kD>::kThreads, 1)
+    attention_decode_kernel(const __grid_constant__ DecodeParams p) {
   using Tile = DecodeTile<T, kD>;
   note_dynamic_shared<Tile::kSharedBytes>();
   char* memory = dynamic_shared();
-  const int first_line = static_cast<int>(blockIdx.x % p.tiles) * kDecodeLines;
-  const int head_kv = static_cast<int>(blockIdx.x / p.tiles % p.heads_kv);
   const int64_t slot = blockIdx.x / p.tiles / p.heads_kv;
-  const DecodePart part = part_of_slot(p, slot);
-  const Sequence own = decode_sequence(p, part.sequence);
-  const int64_t length = part_length(own.keys), group = p.heads / p.heads_kv;
-  const int64_t part_begin = part.index * length,
-                part_stop = part_begin + length < own.keys ? part_begin + length : own.keys;
-  const int64_t first_row = first_line / group, past_row = (first_line + kDecodeLines - 1) / group;
-  if (part.index < 0 || part_begin >= part_stop || first_row >= own.rows || own.rows > kDecodeRows) return;
+  const DecodePart place = part_of_slot(p, slot);
+  const AttentionTile own =
+      tile_of_sequence(p, static_cast<int>(place.sequence), static_cast<int>(blockIdx.x / p.tiles % p.heads_kv),
+                       static_cast<int>(blockIdx.x % p.tiles) * kDecodeLines);
+  const KeyRange part = keys_of_part(place.index, own.keys);
+  const int group = static_cast<int>(p.heads / p.heads_kv);
+  const int first_row = own.first_line / group, past_row = (own.first_line + kDecodeLines - 1) / group;
+  if (part.begin >= part.end || first_row >= own.rows || own.rows > kDecodeRows) return;
 
-  if (p.fresh_k != nullptr && first_line == 0) {
-    append_fresh<T>(p, own, part.sequence, head_kv, part_begin, part_stop, Tile::kThreads);
-  }
-  const int64_t last_row = past_row < own.rows ? past_row : own.rows - 1;
-  const DecodeSpan span = decode_span(p, own, first_row, last_row, part_begin, part_stop);
-  const int warp = threadIdx.x / 32;
+  if (p.fresh_k != nullptr && own.first_line == 0) append_fresh<T>(p, own, part, Tile::kThreads);
+  const int last_row = past_row < own.rows ? past_row : own.rows - 1;
+  const KeyRange span = decode_span(p, own, first_row, last_row, part);
+  const KeyRange seen_by_all = keys_of_all(p, own, first_row, last_row);
+  const int warp = threadIdx.x / 32, first = span.begin + warp * kDecodeKeys;
   char* q = memory + Tile::kRingBytes;
-  const int first = span.begin + warp * kDecodeKeys;
-  DecodeRing<T, kD> ring(p, own, part.sequence, head_kv, first, span.stop,
-                         memory + warp * Tile::kSlots * Tile::kTileBytes);
+  auto* lines = reinterpret_cast<DecodeLine*>(q + Tile::kTileBytes + Tile::kSumBytes);
+  store_lines(p, own, span.end, lines);
+  DecodeRing<T, kD> ring(p, own, first, span.end, memory + warp * Tile::kSlots * Tile::kTileBytes);
   for (int i = 0; i < Tile::kSlots - 1; ++i) ring.issue();
-  load_lines<T, kD>(p, own, part.sequence, head_kv, first_line, q);
-  auto* lines = reinterpret_cast<DecodeScore*>(q + Tile::kTileBytes + Tile::kSumBytes);
-  store_line_score(p, own, part.sequence, head_kv, first_line, lines);
+  __syncthreads();
+  load_queries<T, kD>(p, own, lines, q);
   __syncthreads();
 
-  const int diagonal = static_cast<int>(own.diagonal);
-  DecodeState<T, kD> state;
-  for (int key = first; key < span.stop; key += Tile::kWarps * kDecodeKeys) {
-    float s[2][4];
+  const float unit = Scores::unit(p);
+  SoftmaxState state;
+  float acc[kD / 2] = {};
+  for (int key = first; key < span.end; key += Tile::kWarps * kDecodeKeys) {
+    float s[8], factor[2];
     DecodeProducts<T, kD>::scores(q, ring.take(), s);
-    const bool tested = key < span.full_begin || key + kDecodeKeys > span.full_stop;
-    unsigned seen = 0;
-    if (tested) {
-      seen = finish_scores<T, kGeneral, true>(p, lines, diagonal, key, span.stop, s);
-    } else {
-      finish_scores<T, kGeneral, false>(p, lines, diagonal, key, span.stop, s);
+    const bool edge = key < seen_by_all.begin || key + kDecodeKeys > seen_by_all.end || key + kDecodeKeys > span.end ||
+                      (Scores::kGeneral && p.mask != nullptr);
+    if (Scores::kGeneral || edge) {
+      const DecodeLine *upper = lines + threadIdx.x % 32 / 4, *lower = upper + 8;
+      const KeyRange seen[2] = {upper->seen, lower->seen};
+      if constexpr (Scores::kGeneral) {
+        const ScoreLine at[2] = {upper->at, lower->at};
+        finish_scores(p, own, at, seen, key, s);
+      }
+      if (edge) hide_unseen(s, seen, key);
     }
-    state.fold(s);
+    state.step(s, unit, factor);
+    scale_lines(acc, factor);
     char* v = ring.take();
-    if (tested) guard_values<T, kD>(v, seen, state.acc);
-    DecodeProducts<T, kD>::accumulate(s, v, state.acc);
+    if (edge) guard_values<T, kD>(v, s, acc);
+    DecodeProducts<T, kD>::accumulate(s, v, acc);
   }
-  state.join();
   cp_async_wait<0>();
   __syncthreads();
-  merge_warps<T, kD>(p, state, own.rows, slot, head_kv, first_line, memory);
+  merge_warps<T, kD>(p, state, acc, unit, slot, own.rows, lines, memory);
 }
 
 constexpr int kCombineThreads = 128;
@@ -455,7 +346,7 @@ constexpr int kCombineThreads = 128;
 // out and lse of one row of a head from its parts. A block: (sequence, head, row), rows fastest. With packed queries
 // rows of longer sequences are left alone, else rows that no sequence has get zeros and -inf.
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads, 1) attention_combine_kernel(DecodeParams p) {
+__global__ void __launch_bounds__(kCombineThreads, 1) attention_combine_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ float m_part[kMostParts], l_part[kMostParts], factor[kMostParts];
   const int64_t head = blockIdx.x / p.part_rows % p.heads, sequence = blockIdx.x / p.part_rows / p.heads;
   const Sequence own = decode_sequence(p, sequence);
@@ -467,20 +358,20 @@ __global__ void __launch_bounds__(kCombineThreads, 1) attention_combine_kernel(D
   }
   const int count = row >= 0 && row < own.rows ? static_cast<int>(parts_of(own.keys)) : 0;
   const int64_t step = p.heads * p.part_rows, thread = threadIdx.x;
-  const int64_t cell = first_slot(p, sequence, own.k_begin) * step + head * p.part_rows + row;
+  const int64_t cell = first_part_slot(p, sequence, own.k_begin) * step + head * p.part_rows + row;
   if (thread < count) {
     m_part[thread] = p.sums[p.slots * step + cell + thread * step];
     l_part[thread] = p.sums[cell + thread * step];
   }
   __syncthreads();
   const bool sinks = p.sinks != nullptr && row >= 0 && row < own.rows;
-  const float sink = sinks ? static_cast<const float*>(p.sinks)[head] * kLog2E : -INFINITY;
+  const float sink = sinks ? static_cast<const float*>(p.sinks)[head] * kLog2E : kHidden;
   float m = sink;
   for (int i = 0; i < count; ++i) m = fmaxf(m, m_part[i]);
-  const float shift = m == -INFINITY ? 0.0f : m;
-  if (thread < count) factor[thread] = exp2f(m_part[thread] - shift);
+  const float shift = m == kHidden ? 0.0f : m;
+  if (thread < count) factor[thread] = exp2_fast(m_part[thread] - shift);
   __syncthreads();
-  float l = exp2f(sink - shift);
+  float l = exp2_fast(sink - shift);
   for (int i = 0; i < count; ++i) l += factor[i] * l_part[i];
   const float inverse = l == 0 ? 0.0f : 1 / l;
   T* out = static_cast<T*>(p.out) + sequence * p.out_stride[0] + head * p.out_stride[1] +
@@ -494,7 +385,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) attention_combine_kernel(D
   }
   if (thread == 0 && p.lse != nullptr) {
     static_cast<float*>(p.lse)[sequence * p.row_stride[0] + head * p.row_stride[1] + own.q_begin + row] =
-        l == 0 ? -INFINITY : m * kLn2 + logf(l);
+        l == 0 ? kHidden : m * kLn2 + logf(l);
   }
 }
 
@@ -507,11 +398,9 @@ template <class T, int kD, class Launch>
 inline void launch_decode_kernel(const DecodeParams& p, Launch&& launch) {
   using Tile = DecodeTile<T, kD>;
   const LaunchConfig config{p.slots * p.heads_kv * p.tiles, Tile::kThreads, Tile::kSharedBytes};
-  if (p.mask != nullptr || p.slopes != nullptr || p.softcap > 0) {
-    launch("attention_decode", attention_decode_kernel<T, kD, true>, config, p);
-  } else {
-    launch("attention_decode", attention_decode_kernel<T, kD, false>, config, p);
-  }
+  const auto kernel = PlainScores::takes(p) ? attention_decode_kernel<T, kD, PlainScores>
+                                            : attention_decode_kernel<T, kD, GeneralScores>;
+  launch("attention_decode", kernel, config, p);
 }
 
 template <class T, class Launch>

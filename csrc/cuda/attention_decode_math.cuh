@@ -1,12 +1,10 @@
 // The two products of attention_decode.cuh on 16 lines and 16 keys of a warp, and where their operands lie.
 //
-// Fragments are those of mma.m16n8k16: lane 4 g + t has s[tile][e] of line g + 8 (e / 2) and key 8 tile + 2 t + e % 2,
-// and acc[n][e] of the same line and channel 8 n + 2 t + e % 2.
+// Scores are fragments of attention_score.cuh; acc[4 n + e] is of the same line and channel 8 n + 2 t + e % 2.
 #pragma once
 
 #include "cuda/attention_decode_parts.cuh"
 #include "cuda/attention_softmax.cuh"
-#include "cuda/ptx.cuh"
 
 namespace fastattn {
 namespace cuda {
@@ -39,34 +37,33 @@ struct DecodeProducts {
   static constexpr int kChunks = DecodeTile<T, kD>::kChunks;
 
   // s = q kᵀ
-  static __device__ void scores(const char* q, const char* k, float (&s)[2][4]) {
+  static __device__ void scores(const char* q, const char* k, float (&s)[8]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[tile][e] = 0;
-    }
+    for (int i = 0; i < 8; ++i) s[i] = 0;
 #pragma unroll
     for (int step = 0; step < kD / 16; ++step) {
       uint32_t a[4], b[4];
       ldmatrix_x4(a, q + tile_offset<kChunks>(lane % 16, 2 * step + lane / 16));
       ldmatrix_x4(b, k + tile_offset<kChunks>(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) mma_m16n8k16<T>(s[tile], a, {b[2 * tile], b[2 * tile + 1]});
+      for (int tile = 0; tile < 2; ++tile) {
+        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(s[4 * tile]), a, {b[2 * tile], b[2 * tile + 1]});
+      }
     }
   }
 
   // acc += p v
-  static __device__ void accumulate(const float (&p)[2][4], const char* v, float (&acc)[kD / 8][4]) {
+  static __device__ void accumulate(const float (&p)[8], const char* v, float (&acc)[kD / 2]) {
     const int lane = threadIdx.x % 32;
-    const uint32_t a[4] = {pack_pair<T>(p[0][0], p[0][1]), pack_pair<T>(p[0][2], p[0][3]),
-                           pack_pair<T>(p[1][0], p[1][1]), pack_pair<T>(p[1][2], p[1][3])};
+    const uint32_t a[4] = {pack_pair<T>(p[0], p[1]), pack_pair<T>(p[2], p[3]), pack_pair<T>(p[4], p[5]),
+                           pack_pair<T>(p[6], p[7])};
 #pragma unroll
     for (int step = 0; step < kD / 16; ++step) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, v + tile_offset<kChunks>(lane % 16, 2 * step + lane / 16));
-      mma_m16n8k16<T>(acc[2 * step], a, {b[0], b[1]});
-      mma_m16n8k16<T>(acc[2 * step + 1], a, {b[2], b[3]});
+      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(acc[8 * step]), a, {b[0], b[1]});
+      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(acc[8 * step + 4]), a, {b[2], b[3]});
     }
   }
 };
@@ -75,13 +72,10 @@ template <int kD>
 struct DecodeProducts<float, kD> {
   static constexpr int kChunks = DecodeTile<float, kD>::kChunks;
 
-  static __device__ void scores(const char* q, const char* k, float (&s)[2][4]) {
+  static __device__ void scores(const char* q, const char* k, float (&s)[8]) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[tile][e] = 0;
-    }
+    for (int i = 0; i < 8; ++i) s[i] = 0;
 #pragma unroll(kD < 256 ? 2 : 1)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       Packed<float> line[2];
@@ -92,7 +86,7 @@ struct DecodeProducts<float, kD> {
         const Packed<float> key = load(k, j / 2 * 8 + 2 * t + j % 2, chunk);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float& x = s[j / 2][2 * half + j % 2];
+          float& x = s[j / 2 * 4 + 2 * half + j % 2];
 #pragma unroll
           for (int i = 0; i < 4; ++i) x = fmaf(line[half].value[i], key.value[i], x);
         }
@@ -100,7 +94,7 @@ struct DecodeProducts<float, kD> {
     }
   }
 
-  static __device__ void accumulate(const float (&p)[2][4], const char* v, float (&acc)[kD / 8][4]) {
+  static __device__ void accumulate(const float (&p)[8], const char* v, float (&acc)[kD / 2]) {
     const int lane = threadIdx.x % 32, t = lane % 4;
 #pragma unroll 1
     for (int from = 0; from < 4; ++from) {
@@ -110,13 +104,13 @@ struct DecodeProducts<float, kD> {
         float weight[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          weight[half] = __shfl_sync(0xffffffffu, p[j / 2][2 * half + j % 2], lane / 4 * 4 + from);
+          weight[half] = __shfl_sync(0xffffffffu, p[j / 2 * 4 + 2 * half + j % 2], lane / 4 * 4 + from);
         }
 #pragma unroll
         for (int n = 0; n < kD / 8; ++n) {
           const float* pair = reinterpret_cast<const float*>(v + tile_offset<kChunks>(key, 2 * n + t / 2)) + t % 2 * 2;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) acc[n][e] = fmaf(weight[e / 2], pair[e % 2], acc[n][e]);
+          for (int e = 0; e < 4; ++e) acc[4 * n + e] = fmaf(weight[e / 2], pair[e % 2], acc[4 * n + e]);
         }
       }
     }

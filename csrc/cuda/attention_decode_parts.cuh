@@ -2,12 +2,11 @@
 // device.
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/attention_blocks.cuh"
 
 namespace fastattn {
 namespace cuda {
 
-constexpr int kDecodeRows = 8;    // up to this many rows of a sequence are a decoding step
 constexpr int kDecodeLines = 16;  // lines of a block: the rows of one mma.m16n8k16
 constexpr int kDecodeKeys = 16;   // keys of a warp's tile
 // Keys of a part, and how many parts a sequence has at most: longer ones have longer parts.
@@ -37,12 +36,19 @@ __host__ __device__ inline int64_t parts_of(int64_t keys) {
   return keys > 0 ? (keys + part_length(keys) - 1) / part_length(keys) : 0;
 }
 
+// Those of a sequence's part; none past its last.
+__host__ __device__ inline KeyRange keys_of_part(int64_t index, int64_t keys) {
+  const int64_t length = part_length(keys), begin = index * length, end = begin + length;
+  if (index < 0 || begin >= keys) return {0, 0};
+  return {static_cast<int>(begin), static_cast<int>(end < keys ? end : keys)};
+}
+
 __host__ __device__ inline Sequence decode_sequence(const DecodeParams& p, int64_t sequence) {
   return p.sequences != nullptr ? p.sequences[sequence] : Sequence{0, p.rows, 0, p.keys, p.diagonal};
 }
 
 // The first slot of a sequence; packed ones have as many as they can need, by where they begin.
-__host__ __device__ inline int64_t first_slot(const DecodeParams& p, int64_t sequence, int64_t k_begin) {
+__host__ __device__ inline int64_t first_part_slot(const DecodeParams& p, int64_t sequence, int64_t k_begin) {
   return p.k_packed ? k_begin / kPartKeys + sequence : sequence * p.parts_each;
 }
 
@@ -74,39 +80,34 @@ __host__ __device__ inline DecodePart part_of_slot(const DecodeParams& p, int64_
   int64_t low = 0, high = p.batch;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (first_slot(p, middle, p.sequences[middle].k_begin) <= slot) {
+    if (first_part_slot(p, middle, p.sequences[middle].k_begin) <= slot) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  return {low, slot - first_slot(p, low, p.sequences[low].k_begin)};
+  return {low, slot - first_part_slot(p, low, p.sequences[low].k_begin)};
 }
 
-// Of the keys [begin, stop) those that rows first_row .. last_row see, from a multiple of a tile on. What lies in
-// [full_begin, full_stop) every one of these rows sees; the rest is tested.
-struct DecodeSpan {
-  int begin, stop, full_begin, full_stop;
-};
+__host__ __device__ inline AttentionTile tile_of_sequence(const DecodeParams& p, int sequence, int head_kv,
+                                                          int first_line) {
+  const Sequence own = decode_sequence(p, sequence);
+  return {sequence,
+          head_kv,
+          first_line,
+          static_cast<int>(own.q_begin),
+          static_cast<int>(own.rows),
+          static_cast<int>(own.k_begin),
+          static_cast<int>(own.keys),
+          own.diagonal};
+}
 
-__host__ __device__ inline DecodeSpan decode_span(const DecodeParams& p, const Sequence& own, int64_t first_row,
-                                                  int64_t last_row, int64_t begin, int64_t stop) {
-  int64_t low = begin, high = stop, full_low = begin, full_high = stop;
-  if (p.window_left >= 0) {
-    const int64_t first = first_row + own.diagonal - p.window_left, last = last_row + own.diagonal - p.window_left;
-    low = first > begin ? first / kDecodeKeys * kDecodeKeys : begin;
-    full_low = last > begin ? last : begin;
-  }
-  if (p.window_right >= 0) {
-    const int64_t first = first_row + own.diagonal + p.window_right, last = last_row + own.diagonal + p.window_right;
-    high = last + 1 < stop ? last + 1 : stop;
-    full_high = first + 1 < stop ? first + 1 : stop;
-  }
-  if (p.mask != nullptr) full_high = full_low;
-  // Bounds far outside the part, of which nothing is left, need not fit 32 bits.
-  if (low >= high) return {static_cast<int>(begin), static_cast<int>(begin), 0, 0};
-  return {static_cast<int>(low), static_cast<int>(high), static_cast<int>(full_low < stop ? full_low : stop),
-          static_cast<int>(full_high > begin ? full_high : begin)};
+// Of the keys of a part those that rows first .. last see, from a multiple of a tile on.
+__host__ __device__ inline KeyRange decode_span(const AttentionParams& p, const AttentionTile& own, int first, int last,
+                                                KeyRange part) {
+  const KeyRange any = keys_of_any(p, own, first, last);
+  return {any.begin > part.begin ? any.begin / kDecodeKeys * kDecodeKeys : part.begin,
+          any.end < part.end ? any.end : part.end};
 }
 
 }  // namespace cuda

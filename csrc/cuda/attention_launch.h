@@ -8,8 +8,8 @@
 namespace fastattn {
 namespace cuda {
 
-// Sequences of up to kDecodeRows rows without dropout, in float16, bfloat16 or float32 and up to kMostDecodeChannels
-// channels. p.aligned is set here.
+// Sequences of up to kDecodeRows rows without dropout, in float16, bfloat16 or float32 and up to 256 channels.
+// p.aligned is set here.
 void launch_attention_decode(const DecodeParams& p, const StreamLaunch& launch);
 
 // Compiled for sm_90a alone. Taken: float16 and bfloat16, up to 256 channels, rows and addresses of q, k and v in

@@ -203,7 +203,7 @@ void launch_attention_sm80_forward(const AttentionParams& params, const Launch& 
   using Shape = ForwardSm80<kD, Scores::kGeneral>;
   AttentionSm80Call p{};
   static_cast<AttentionParams&>(p) = params;
-  p.tiling = attention_tiling(p, Shape::kLines, lines_together<Shape::kLines>(p));
+  p.tiling = attention_tiling(p, Shape::kLines, lines_together<Shape::kLines>(p), fewest_rows_of_tiles(p));
   p.q_aligned = rows_aligned(p.q, p.q_stride, 3), p.k_aligned = rows_aligned(p.k, p.k_stride, 3);
   p.v_aligned = rows_aligned(p.v, p.v_stride, 3);
   p.out_aligned = rows_aligned(p.out, p.out_stride, 3) && p.head_dim_v % 8 == 0;

@@ -383,7 +383,7 @@ struct AttentionSm90Tensors {
   explicit AttentionSm90Tensors(const AttentionParams& p) {
     static_cast<AttentionParams&>(call) = p;
     const int pack = attention_sm90_pack(p, Tile::kLines);
-    call.tiling = attention_tiling(p, Tile::kLines, pack);
+    call.tiling = attention_tiling(p, Tile::kLines, pack, fewest_rows_of_tiles(p));
     call.q_batches = p.q_stride[0] == 0 ? 1 : p.batch;
     call.k_batches = p.k_stride[0] == 0 && p.v_stride[0] == 0 ? 1 : p.batch;
     call.out_aligned = p.head_dim_v % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;

@@ -370,7 +370,9 @@ def _attend(
         sinks = _check_per_head("sinks", sinks, q, ((q.shape[1],),)).to(accumulate)
 
     why_not = {
-        "cuda": lambda: _cuda_why_not(q, v, options, wants_gradient(q, k, v, attn_mask, alibi_slopes, sinks)),
+        "cuda": lambda: _cuda_why_not(
+            q, v, options, block_table is not None, wants_gradient(q, k, v, attn_mask, alibi_slopes, sinks)
+        ),
         "cpu": lambda: None,
         "triton": lambda: _triton_why_not(q, k, v),
     }
@@ -410,18 +412,19 @@ def _triton_why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return _too_wide(q, v) or triton_why_not(q, k, v)
 
 
-def _cuda_why_not(q: Tensor, v: Tensor, options: _Options, gradient: bool) -> str | None:
+def _cuda_why_not(q: Tensor, v: Tensor, options: _Options, paged: bool, gradient: bool) -> str | None:
     """Why ``csrc/cuda/attention.cu`` does not take a call, or None."""
     if q.dtype == torch.float64:
         return "float64 (CUDA kernels accumulate in float32)"
     if (reason := _too_wide(q, v)) is not None:
         return reason
     if gradient:
-        return "gradients (the CUDA kernels are those of decoding, forward alone)"
-    if options.dropout_p > 0:
-        return "dropout (the CUDA kernels are those of decoding)"
-    if q.shape[2] > _FEW_ROWS:
-        return f"{q.shape[2]} query rows (the CUDA kernels are those of decoding, up to {_FEW_ROWS})"
+        return "gradients (the CUDA kernels are forward alone)"
+    if options.dropout_p > 0 or q.shape[2] > _FEW_ROWS:
+        if q.dtype == torch.float32:
+            return f"float32 of more than {_FEW_ROWS} query rows, or with dropout (tensor cores multiply 16-bit values)"
+        if paged:
+            return f"a paged cache read by more than {_FEW_ROWS} query rows"
     return None
 
 

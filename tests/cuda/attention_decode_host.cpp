@@ -3,6 +3,7 @@
 // clang-format off
 #include "host_ptx.h"  // first: it gives the rest its CUDA words
 #include "cuda/attention_decode.cuh"
+#include "cuda/attention_plan.h"
 // clang-format on
 
 #include <limits>
@@ -35,6 +36,12 @@ void attention_decode(const AttentionParams* attention, bool q_packed, bool k_pa
   }
 }
 
+// Which kernels compute a call: 8 for none, 4 where results are filled before, 2 for full tiles, 1 for decoding.
+int forward_plan(const AttentionParams* p, bool sequences, bool q_packed) {
+  const cuda::ForwardPlan plan = cuda::plan_forward(*p, sequences, q_packed);
+  return plan.refusal != nullptr ? 8 : 4 * plan.fills + 2 * plan.tiles + plan.decodes;
+}
+
 // How often the slots of a call come to each key: (batch, keys of p), or those of the one batch entry that all lie in.
 void decode_cover(const AttentionParams* attention, bool k_packed, int32_t* seen) {
   const cuda::DecodeParams p = cuda::decode_params(*attention, false, k_packed);
@@ -44,7 +51,8 @@ void decode_cover(const AttentionParams* attention, bool k_packed, int32_t* seen
     const int64_t length = cuda::part_length(own.keys);
     int32_t* keys = seen + (k_packed ? own.k_begin : part.sequence * p.keys);
     for (int64_t key = part.index * length; key < (part.index + 1) * length && key < own.keys; ++key) ++keys[key];
-    if (part.index < cuda::parts_of(own.keys) && slot != cuda::first_slot(p, part.sequence, own.k_begin) + part.index) {
+    if (part.index < cuda::parts_of(own.keys) &&
+        slot != cuda::first_part_slot(p, part.sequence, own.k_begin) + part.index) {
       std::abort();
     }
   }

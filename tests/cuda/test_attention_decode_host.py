@@ -6,6 +6,8 @@ What a GPU adds (coalescing, registers, real concurrency) is not tested here.
 from __future__ import annotations
 
 import ctypes
+import importlib
+import itertools
 import math
 
 import pytest
@@ -233,3 +235,39 @@ def test_tiles_have_no_bank_conflicts(kernels: ctypes.CDLL, chunks: int) -> None
     groups = [offsets[i : i + 8, c] for i in (0, 8) for c in range(chunks)]
     groups += [offsets[i, c : c + 8] for i in range(16) for c in range(0, chunks, 8)]
     assert all((group // 16 % 8).unique().numel() == 8 for group in groups)
+
+
+def test_which_kernels_take_a_call(kernels: ctypes.CDLL) -> None:
+    fills, tiles, decodes = 4, 2, 1
+    dense, alone, packed = (False, False), (True, False), (True, True)
+    for rows, p, (sequences, q_packed), wanted in [
+        (1, 0.0, dense, decodes),
+        (8, 0.0, alone, decodes),
+        (9, 0.0, dense, tiles),
+        (9, 0.0, alone, fills + tiles),
+        (8, 0.1, dense, tiles),
+        (8, 0.1, packed, fills + tiles),
+        (8, 0.0, packed, fills + decodes),
+        (9, 0.0, packed, fills + tiles + decodes),
+    ]:
+        q = torch.empty(1, 2, rows, 64, dtype=torch.float16)
+        call = fill(Call(q, q, q), q, q)
+        call.dropout.threshold = int(p * 2**32)
+        assert kernels.forward_plan(ctypes.byref(call), sequences, q_packed) == wanted
+
+
+def test_the_rung_refuses_what_the_kernels_refuse(kernels: ctypes.CDLL) -> None:
+    module = importlib.import_module("fastattn.ops.attention")
+    refused = set()
+    for dtype, rows, p, paged, dims in itertools.product(
+        (*DTYPES, torch.float64), (1, 8, 9), (0.0, 0.1), (False, True), ((64, 64), (257, 8), (8, 257), (256, 256))
+    ):
+        q, v = (torch.empty(1, 1, rows, dim, dtype=dtype) for dim in dims)
+        table = torch.zeros(1, 1, dtype=torch.int32) if paged else None
+        call = fill(Call(q, q, v, block_table=table), v, v)
+        call.dropout.threshold = int(p * 2**32)
+        options = module._Options(0.1, -1, -1, 0, 0.0, p)
+        reason = module._cuda_why_not(q, v, options, paged, False)
+        assert (kernels.forward_plan(ctypes.byref(call), paged, False) == 8) == (reason is not None)
+        refused.add(reason)
+    assert len(refused) == 5 and None in refused

@@ -144,6 +144,18 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
     _check(kernels, Call(q, k, v, sequences=torch.tensor([[0, 20, 0, 70, 50], [0, 20, 0, 0, 0]]), window_right=0))
 
 
+def test_packed_sequences_of_few_rows_are_another_kernels(kernels: ctypes.CDLL) -> None:
+    """Without dropout they are attention_decode's; with it, or batched, they are not."""
+    q, k, v = _tensors(1, (2, 1), 17, 60, (64, 64), torch.bfloat16)
+    call = Call(q, k, v, sequences=torch.tensor([[0, 8, 0, 30, 22], [8, 9, 30, 30, 21]]), window_right=0)
+    _check(kernels, call, 0.2)
+    out, lse = _run(kernels, call, 0.0)
+    assert out[:, :, :8].eq(0).all() and lse[:, :, :8].eq(-math.inf).all()
+    plain, exact = (_reference(call, dtype, 0.0) for dtype in (q.dtype, torch.float64))
+    assert_accurate(out[:, :, 8:], plain[0][:, :, 8:], exact[0][:, :, 8:], "out", terms=30)
+    _check(kernels, Call(*(x[:, :, :8] for x in (q, k, v)), window_right=0))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_seen_cannot_reach_a_row(kernels: ctypes.CDLL, bad: float, masked: bool) -> None:

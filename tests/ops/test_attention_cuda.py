@@ -64,8 +64,8 @@ def test_what_decoding_takes(device: pytest.MonkeyPatch) -> None:
     [
         ({"dtype": torch.float64}, {}, "float64 (CUDA kernels accumulate in float32)"),
         ({"head_dim": 257}, {}, "head_dim 257 is over 256"),
-        ({"rows": 9}, {}, "9 query rows (the CUDA kernels are those of decoding, up to 8)"),
-        ({}, {"dropout_p": 0.1}, "dropout (the CUDA kernels are those of decoding)"),
+        ({"rows": 9, "dtype": torch.float32}, {}, "float32 of more than 8 query rows, or with dropout"),
+        ({"dtype": torch.float32}, {"dropout_p": 0.1}, "float32 of more than 8 query rows, or with dropout"),
     ],
     ids=["float64", "wide", "rows", "dropout"],
 )
@@ -73,9 +73,23 @@ def test_what_it_does_not_take(
     device: pytest.MonkeyPatch, tensors: dict[str, object], options: dict[str, object], reason: str
 ) -> None:
     made = _tensors(**tensors)  # type: ignore[arg-type]
-    assert _answer(*made, **options) == reason
+    assert str(_answer(*made, **options)).startswith(reason)
     with pytest.raises(NotImplementedError, match="implementation='cuda' does not take this call"):
         fastattn.attention(*made, implementation="cuda", **options)  # type: ignore[arg-type]
+
+
+def test_full_tiles_take_16_bits(device: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        made = _tensors(40, 33, dtype)
+        assert _answer(*made) is _answer(*made, dropout_p=0.1) is None
+
+
+def test_pages_are_read_by_few_rows(device: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fastattn.ops.attention")
+    for rows, reason in ((8, "None"), (9, "a paged cache read by more than 8 query rows")):
+        q, k, v = _tensors(rows)
+        options = module._options(q, None, True, (-1, -1), 0, 0.0, 0.0)
+        assert str(module._cuda_why_not(q, v, options, True, False)) == reason
 
 
 def test_gradients_are_another_rungs(device: pytest.MonkeyPatch) -> None:
