@@ -52,9 +52,20 @@ def records(*tensors: Tensor | None) -> bool | None:
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, without the signature that it inspects at every call (9 of 14 µs) for keywords and defaults."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(args))
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments, a tensor that is there twice as a view the second time: Dynamo traces no Function of such (``q, q, q``)."""
+    found: list[Any] = []
+    for x in args:
+        twice = isinstance(x, Tensor) and any(x is other for other in found)
+        found.append(x.view_as(x) if twice else x)
+    return found
 
 
 def first_result(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
@@ -130,3 +141,42 @@ def pullback_of_gradient(
     )
     onto_inputs = [next(pulled) if want else None for want in wanted]
     return onto_inputs, [None if c is None else next(pulled) for c in cotangents]
+
+
+def backward_by(gradient: type[torch.autograd.Function], dual: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """How a backward pass calls the Function of its operator: by itself where nobody differentiates it once more.
+
+    ``dual`` is ``gradient`` with a tangent rule, for forward over reverse mode (Hessian-vector products).
+    """
+    if torch.compiler.is_compiling():
+        return gradient.forward
+    if forward_mode():
+        return dual.apply
+    return gradient.apply if torch.is_grad_enabled() else gradient.forward
+
+
+def pushforward_of_gradient(
+    formula: Formula,
+    inputs: OptionalTensors,
+    wanted: Sequence[bool],
+    cotangents: OptionalTensors,
+    tangents: OptionalTensors,
+    shapes: Sequence[torch.Size],
+) -> tuple[Tensor, ...]:
+    """Tangents of g(inputs, cotangents) = Jᵀ·cotangents, for the tangents of the inputs, then of the cotangents.
+
+    g has a result for every input, of ``shapes``; those of inputs that are not ``wanted`` are constant, often (0,).
+    """
+    count = len(inputs)
+
+    def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+        own, rising = values[:count], values[count:]
+        function = _of_moving(formula, own, wanted, [c is not None for c in rising])
+        _, pull = torch.func.vjp(  # type: ignore[misc]
+            function, *(x for x, want in zip(own, wanted, strict=True) if want)
+        )
+        return pull(tuple(c for c in rising if c is not None))
+
+    pushed = iter(pushforward(gradient, sum(wanted), (*inputs, *cotangents), tangents))
+    like = next(x for x in (*inputs, *cotangents) if x is not None)
+    return tuple(next(pushed) if want else like.new_zeros(shape) for want, shape in zip(wanted, shapes, strict=True))

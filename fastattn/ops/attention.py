@@ -16,10 +16,12 @@ from fastattn.ops import _sequences, _validate
 from fastattn.ops._derivatives import (
     REFUSALS,
     apply,
+    backward_by,
     first_result,
     forward_mode,
     pullback_of_gradient,
     pushforward,
+    pushforward_of_gradient,
     records,
     wants_gradient,
 )
@@ -99,8 +101,7 @@ class _Attention(torch.autograd.Function):
             raise NotImplementedError("block_table: a paged cache has no gradients; gather its pages to train on them")
         if dout is None:
             dout = torch.zeros_like(out)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gradient = _AttentionGradient.apply if differentiable else _AttentionGradient.forward
+        gradient = backward_by(_AttentionGradient, _AttentionGradientDual)
         wanted = tuple(ctx.needs_input_grad[3:6])
         state = (ctx.rng_state, ctx.sequences, ctx.triton)
         grads = gradient(dout, dlse, *tensors, out, lse, statistics, *state, *wanted, *ctx.options)
@@ -142,6 +143,9 @@ class _AttentionGradient(torch.autograd.Function):
         ctx.rng_state, ctx.sequences, ctx.wanted, ctx.options = *inputs[11:13], inputs[14:17], inputs[17:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:8])
+        if forward_mode():
+            ctx.save_for_forward(*inputs[:8])
+            ctx.shapes = [x.shape for x in output]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
@@ -151,6 +155,19 @@ class _AttentionGradient(torch.autograd.Function):
         onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dout, dlse), upstream)
         # out and lse are functions of the inputs here, so their share is already in onto_inputs.
         return (*onto_cotangents, *onto_inputs, *[None] * (9 + len(ctx.options)))
+
+
+class _AttentionGradientDual(_AttentionGradient):
+    """With a tangent rule."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        dout, dlse, *inputs = ctx.saved_tensors
+        formula = _formula(_Options(*ctx.options), ctx.rng_state, ctx.sequences)
+        moving = (*tangents[2:8], *tangents[:2])
+        return pushforward_of_gradient(
+            formula, inputs, (True, True, True, *ctx.wanted), (dout, dlse), moving, ctx.shapes
+        )
 
 
 def attention(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ from fastattn.ops import _validate
 from fastattn.ops._derivatives import (
     REFUSALS,
     apply,
+    backward_by,
     first_result,
     forward_mode,
     pullback_of_gradient,
     pushforward,
+    pushforward_of_gradient,
     records,
     wants_gradient,
 )
@@ -97,8 +100,7 @@ class _FFN(torch.autograd.Function):
         needs = ctx.needs_input_grad[:7]
         grads: tuple[Tensor | None, ...] = (None,) * 7
         if any(needs):
-            differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            gradient = _FFNGradient.apply if differentiable else _FFNGradient.forward
+            gradient = backward_by(_FFNGradient, _FFNGradientDual)
             wanted = (needs[0], any(needs[i] for i in (1, 3, 5)), any(needs[i] for i in (2, 4, 6)))
             context = (ctx.rng_state, ctx.triton, ctx.recompute)
             grads = gradient(dout, *ctx.saved_tensors, *context, *wanted, *ctx.options)
@@ -138,24 +140,42 @@ class _FFNGradient(torch.autograd.Function):
         ctx.rng_state, ctx.wanted, ctx.options = inputs[10], inputs[13:16], inputs[16:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:8])
+        if forward_mode():
+            ctx.save_for_forward(*inputs[:8])
+            ctx.shapes = [x.shape for x in output]
+
+    @staticmethod
+    def wanted(ctx: Any, inputs: Sequence[Tensor | None]) -> list[bool]:
+        """Of x, w_in, b_in, w_gate, b_gate, w_out and b_out."""
+        x, weight, bias = ctx.wanted
+        asked = (x, weight, bias, weight, bias, weight, bias)
+        return [want and t is not None for want, t in zip(asked, inputs, strict=True)]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         dout, *inputs = ctx.saved_tensors
-        x_grad, weight_grad, bias_grad = ctx.wanted
-        wanted = [
-            present and asked
-            for present, asked in zip(
-                [t is not None for t in inputs],
-                (x_grad, weight_grad, bias_grad, weight_grad, bias_grad, weight_grad, bias_grad),
-                strict=True,
-            )
-        ]
+        wanted = _FFNGradient.wanted(ctx, inputs)
         formula = _formula(_Options(*ctx.options), ctx.rng_state)
         onto_inputs, onto_cotangents = pullback_of_gradient(
             formula, (*inputs, None), (*wanted, False), (dout,), (*upstream, None)
         )
         return (*onto_cotangents, *onto_inputs[:7], *[None] * 10)
+
+
+class _FFNGradientDual(_FFNGradient):
+    """With a tangent rule."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        dout, *inputs = ctx.saved_tensors
+        formula = _formula(_Options(*ctx.options), ctx.rng_state)
+        wanted = _FFNGradient.wanted(ctx, inputs)
+        moving = (*tangents[1:8], None, tangents[0])
+        none = torch.Size((0,))  # of the residual, whose gradient is dout
+        pushed = pushforward_of_gradient(
+            formula, (*inputs, None), (*wanted, False), (dout,), moving, (*ctx.shapes, none)
+        )
+        return pushed[:7]
 
 
 def ffn(

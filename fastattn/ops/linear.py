@@ -12,10 +12,12 @@ from fastattn.ops import _validate
 from fastattn.ops._derivatives import (
     REFUSALS,
     apply,
+    backward_by,
     first_result,
     forward_mode,
     pullback_of_gradient,
     pushforward,
+    pushforward_of_gradient,
     records,
     wants_gradient,
 )
@@ -56,8 +58,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gradient = _LinearGradient.apply if differentiable else _LinearGradient.forward
+        gradient = backward_by(_LinearGradient, _LinearGradientDual)
         grads = gradient(dy, x, weight, *needs[:3], ctx.triton) if any(needs[:3]) else (None, None, None)
         return (*[g if need else None for g, need in zip(grads, needs, strict=False)], dy if needs[3] else None, None)
 
@@ -89,6 +90,9 @@ class _LinearGradient(torch.autograd.Function):
         ctx.wanted = inputs[3:6]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:3])
+        if forward_mode():
+            ctx.save_for_forward(*inputs[:3])
+            ctx.shapes = [x.shape for x in output]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
@@ -97,6 +101,23 @@ class _LinearGradient(torch.autograd.Function):
         inputs, wanted = (x, weight, bias, None), (*ctx.wanted, False)
         onto_inputs, onto_cotangents = pullback_of_gradient(_formula, inputs, wanted, (dy,), (*upstream, None))
         return (*onto_cotangents, *onto_inputs[:2], *[None] * 4)
+
+
+class _LinearGradientDual(_LinearGradient):
+    """With a tangent rule."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        dy, x, weight = ctx.saved_tensors
+        bias = dy.new_zeros(dy.shape[1]) if ctx.wanted[2] else None
+        return pushforward_of_gradient(
+            lambda x, weight, bias: _formula(x, weight, bias, None),
+            (x, weight, bias),
+            ctx.wanted,
+            (dy,),
+            (*tangents[1:3], None, tangents[0]),
+            ctx.shapes,
+        )
 
 
 def linear(

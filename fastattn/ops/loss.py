@@ -14,7 +14,15 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import apply, forward_mode, pullback_of_gradient, pushforward, wants_gradient
+from fastattn.ops._derivatives import (
+    apply,
+    backward_by,
+    forward_mode,
+    pullback_of_gradient,
+    pushforward,
+    pushforward_of_gradient,
+    wants_gradient,
+)
 from fastattn.ops._library import products
 from fastattn.ops._select import choose, triton_why_not
 from fastattn.reference.loss import REDUCTIONS
@@ -69,8 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dloss is None:
             return (None,) * 9
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gradient = _CrossEntropyGradient.apply if differentiable else _CrossEntropyGradient.forward
+        gradient = backward_by(_CrossEntropyGradient, _CrossEntropyGradientDual)
         return None, gradient(ctx.triton, dloss, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
@@ -97,6 +104,7 @@ class _CrossEntropyGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.options = _Options(*inputs[6:])
         ctx.save_for_backward(*inputs[1:5])
+        ctx.save_for_forward(*inputs[1:5])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
@@ -104,6 +112,17 @@ class _CrossEntropyGradient(torch.autograd.Function):
         formula = _formula(target, class_weight, ctx.options)
         onto_inputs, onto_cotangents = pullback_of_gradient(formula, (logits,), (True,), (dloss,), upstream)
         return None, *onto_cotangents, *onto_inputs, *[None] * 8
+
+
+class _CrossEntropyGradientDual(_CrossEntropyGradient):
+    """With a tangent rule."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        dloss, logits, target, class_weight = ctx.saved_tensors
+        formula, moving = _formula(target, class_weight, ctx.options), (tangents[2], tangents[1])
+        (pushed,) = pushforward_of_gradient(formula, (logits,), (True,), (dloss,), moving, (logits.shape,))
+        return pushed
 
 
 def _linear_formula(target: Tensor, options: _Options) -> Any:
@@ -134,11 +153,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return (None,) * 13
         needs = ctx.needs_input_grad[1:4]
         ready = all(made for made, need in zip(ctx.ready, needs, strict=True) if need)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if ready and not differentiable and _is_one(dloss):
+        gradient = backward_by(_LinearCrossEntropyGradient, _LinearCrossEntropyGradientDual)
+        once = not (torch.is_grad_enabled() or forward_mode())
+        if ready and once and _is_one(dloss):
             grads = ctx.saved_tensors[5:]
         else:
-            gradient = _LinearCrossEntropyGradient.apply if differentiable else _LinearCrossEntropyGradient.forward
             grads = gradient(ctx.triton, dloss, *ctx.saved_tensors, ready, *ctx.options, *needs)
         return None, *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 9
 
@@ -180,6 +199,9 @@ class _LinearCrossEntropyGradient(torch.autograd.Function):
         ctx.options, ctx.wanted = _Options(*inputs[11:16]), inputs[16:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:6])
+        if forward_mode():
+            ctx.save_for_forward(*inputs[1:6])
+            ctx.shapes = [x.shape for x in output]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
@@ -188,6 +210,17 @@ class _LinearCrossEntropyGradient(torch.autograd.Function):
         formula = _linear_formula(target, ctx.options)
         onto_inputs, onto_cotangents = pullback_of_gradient(formula, inputs, wanted, (dloss,), upstream)
         return None, *onto_cotangents, *onto_inputs, *[None] * 14
+
+
+class _LinearCrossEntropyGradientDual(_LinearCrossEntropyGradient):
+    """With a tangent rule."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        dloss, *inputs, target = ctx.saved_tensors
+        wanted = [asked and t is not None for asked, t in zip(ctx.wanted, inputs, strict=True)]
+        formula, moving = _linear_formula(target, ctx.options), (*tangents[2:5], tangents[1])
+        return pushforward_of_gradient(formula, inputs, wanted, (dloss,), moving, ctx.shapes)
 
 
 def cross_entropy(

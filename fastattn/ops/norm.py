@@ -16,10 +16,12 @@ from fastattn.ops import _validate
 from fastattn.ops._derivatives import (
     REFUSALS,
     apply,
+    backward_by,
     first_result,
     forward_mode,
     pullback_of_gradient,
     pushforward,
+    pushforward_of_gradient,
     records,
     wants_gradient,
 )
@@ -74,8 +76,7 @@ class _Norm(torch.autograd.Function):
         x, residual, weight, bias, h, mean, rstd = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(x)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gradient = _NormGradient.apply if differentiable else _NormGradient.forward
+        gradient = backward_by(_NormGradient, _NormGradientDual)
         needs = ctx.needs_input_grad
         saved = h if ctx.changed else x
         dh = dh if ctx.changed else None
@@ -139,6 +140,9 @@ class _NormGradient(torch.autograd.Function):
         ctx.rng_state, ctx.wanted, ctx.options = inputs[9], inputs[11:13], inputs[13:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:6])
+        if forward_mode():
+            ctx.save_for_forward(*inputs[:6])
+            ctx.shapes = [x.shape for x in output]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
@@ -154,6 +158,22 @@ class _NormGradient(torch.autograd.Function):
             formula, inputs, wanted, (dy, dh), (*arriving, dweight, dbias)
         )
         return (*onto_cotangents, *onto_inputs, *[None] * (7 + len(ctx.options)))
+
+
+class _NormGradientDual(_NormGradient):
+    """With a tangent rule."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        dy, dh, *inputs = ctx.saved_tensors
+        x, residual = inputs[:2]
+        formula = _formula(_Options(*ctx.options), ctx.rng_state)
+        wanted = (True, residual is not None, *ctx.wanted)
+        shapes = (x.shape, x.shape, *ctx.shapes[2:])
+        pushed = pushforward_of_gradient(formula, inputs, wanted, (dy, dh), (*tangents[2:6], *tangents[:2]), shapes)
+        # Results: the gradient of h, that of x where dropout makes it differ (else (0,)).
+        total = pushed[0] if residual is None else pushed[1]
+        return total, pushed[0] if ctx.options[2] > 0 else x.new_zeros(0), *pushed[2:]
 
 
 def layer_norm(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import REFUSALS, apply, forward_mode, records, wants_gradient
+from fastattn.ops._derivatives import REFUSALS, apply, backward_by, forward_mode, records, wants_gradient
 from fastattn.ops._select import choose, cpu_in_short, triton_why_not
 from fastattn.reference.precision import accumulation_dtype
 
@@ -41,7 +41,7 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        rotate = _Rope.apply if torch.is_grad_enabled() else _Rope.forward
+        rotate = backward_by(_Rope, _RopeDual)
         return rotate(dy, cos, sin, ctx.interleaved, not ctx.conjugate, ctx.triton), *[None] * 5
 
 

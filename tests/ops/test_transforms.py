@@ -157,6 +157,25 @@ def test_func_grad_and_jvp(op: tuple[Callable[..., Tensor], list[Tensor]]) -> No
     )
 
 
+def test_forward_over_reverse(op: tuple[Callable[..., Tensor], list[Tensor]]) -> None:
+    """jvp of grad, and dual numbers through a plain backward pass, against reverse over reverse."""
+    function, inputs = op
+    tangents = [torch.randn_like(x) for x in inputs]
+    wanted = tuple(range(len(inputs)))
+    loss = lambda *args: function(*args).square().sum()
+    first = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
+    expected = torch.autograd.grad(first, inputs, tangents)
+    plain = tuple(x.detach() for x in inputs)
+    _, found = torch.func.jvp(torch.func.grad(loss, argnums=wanted), plain, tuple(tangents))
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    with torch.autograd.forward_ad.dual_level():
+        dual = [torch.autograd.forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        gradients = torch.autograd.grad(loss(*dual), dual)
+        for g, e in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(g).tangent, e)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(op: tuple[Callable[..., Tensor], list[Tensor]]) -> None:
     function, inputs = op
