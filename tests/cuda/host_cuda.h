@@ -56,7 +56,7 @@ inline Barrier cluster_barrier;
 inline std::vector<Barrier> block_barriers, warp_barriers;
 inline uint64_t exchange[kMostFibers][2];  // by fiber; two slots in turn, so that a fast lane cannot overwrite what a
                                            // slow one has to read
-inline int64_t progress = 0;  // counts what may let a fiber that waits go on
+inline int64_t progress = 0;               // counts what may let a fiber that waits go on
 inline void (*entry)(void*);
 inline void* entry_argument;
 
