@@ -37,8 +37,8 @@ The tiles are those of `kernels/configs.py`; M and N are rows and columns of a p
 rows. A configuration without stages has no loop that is pipelined. A cell whose kernel spills says so;
 `tests/triton/test_compile.py` fails there, and where shared memory does not suffice, also for sm_86, sm_89 and sm_120 (99 KiB).
 sm_90's products are wgmma (HGMMA) unless a tile has fewer than its 64 rows, sm_100's tcgen05 (UTCHMMA), sm_80's
-mma.sync (HMMA), gfx942's MFMA; float32 with torch's default matmul precision uses none but gfx942's; TF32 runs the same tiles and is
-not listed.
+mma.sync (HMMA), gfx942's MFMA; float32 with torch's default matmul precision uses none but gfx942's; TF32 runs the same tiles and
+is not listed.
 """
 
 
