@@ -31,6 +31,7 @@ options = (0.3, -1, 0, 0, 0.0, 0.0, None)
 arguments = {
     "attention_forward": (q, q, q, None, None, None, *options),
     "attention_inference": (q, q, q, None, None, None, *options),
+    "attention_backward": (q, None, q, q, q, q, q[..., 0], None, None, None, *options, False, False, False),
     "attention_append": (q, q, q, q, q, None, None, 0.3, -1, 0, 0.0, table, None),
     "norm_forward": (x, None, None, None, 1e-5, False, 0.0, None),
     "norm_backward": (x, None, x, None, x[:, 0], x[:, 0], True, 0.0, None, False, False),
@@ -157,7 +158,7 @@ def test_needs_neither_python_nor_cuda(build: Path) -> None:
 #: What each operator says of CPU tensors.
 REFUSALS = {
     **{"norm_forward": "x", "norm_backward": "h"},
-    **dict.fromkeys(("attention_forward", "attention_inference", "attention_append"), "q"),
+    **dict.fromkeys(("attention_forward", "attention_inference", "attention_backward", "attention_append"), "q"),
     **dict.fromkeys(("linear_forward", "linear_backward", "ffn_forward", "ffn_backward"), "x"),
 }
 

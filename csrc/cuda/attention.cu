@@ -109,6 +109,18 @@ Tensor run_forward(AttentionParams& p, const AttentionInputs& x, const Tensor& q
   return out;
 }
 
+// Every gradient that p has a place for: TMA and wgmma where device, tensors and scores allow it, else mma.sync.
+void run_backward(const AttentionBackwardParams& p, int32_t device) {
+  const StreamLaunch launch{current_stream(device)};
+  launch_attention_delta(p, launch);
+  if (device_facts(device).capability == 90 && attention_backward_sm90_takes(p)) {
+    launch_attention_backward_sm90(p, launch);
+  } else {
+    launch_attention_sm80_backward(p, launch);
+  }
+  launch_attention_row_sums(p, launch);
+}
+
 }  // namespace
 
 Tensor attention_inference(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& attn_mask,
@@ -170,11 +182,52 @@ std::tuple<Tensor, Tensor> attention_append(const Tensor& q_in, const Tensor& k_
   return {out, lse};
 }
 
+AttentionGradients attention_backward(const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& q_in,
+                                      const Tensor& k_in, const Tensor& v_in, const Tensor& out_in,
+                                      const Tensor& lse_in, const OptionalTensor& attn_mask,
+                                      const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                      double softmax_scale, int64_t window_left, int64_t window_right, int64_t diagonal,
+                                      double softcap, double dropout_p, const OptionalTensor& rng_state, bool mask_grad,
+                                      bool slopes_grad, bool sinks_grad, const OptionalTensor& sequences,
+                                      const OptionalTensor&, bool) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(q_in));
+  const Tensor q = readable_queries(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  const Tensor dout = readable_queries(dout_in), out = readable_queries(out_in);
+  const Tensor lse = torch::stable::contiguous(lse_in);
+  const OptionalTensor dlse = contiguous_or_none(dlse_in), none = std::nullopt;
+  const AttentionInputs x{q, k, v, attn_mask, alibi_slopes, sinks, sequences, none};
+  const AttentionUpstream upstream{dout, dlse, out, lse, none, mask_grad, slopes_grad, sinks_grad};
+  check_device(dout, q, "dout"), check_device(out, q, "out");
+  check_device(lse, q, "lse"), check_device(dlse, q, "dlse");
+  AttentionBackwardParams p{};
+  static_cast<AttentionParams&>(p) =
+      device_params(x, {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
+  const char* refusal = backward_refusal(p);
+  FASTATTN_CHECK(refusal == nullptr, "attention: the CUDA kernels have no gradients of ", refusal);
+  set_upstream(p, x, upstream);
+  const auto allocate = allocator(q);
+  AttentionGradients gradients = allocate_gradients(p, x, upstream, allocate);
+  // What no sequence has, and what no block writes where there are no pairs.
+  const bool nothing = p.batch * p.heads * p.rows * p.keys == 0;
+  auto& [dq, dk, dv, dmask, dslopes, dsinks] = gradients;
+  if (sequences.has_value() || nothing) {
+    for (Tensor* gradient : {&dq, &dk, &dv}) torch::stable::zero_(*gradient);
+  }
+  if (nothing) torch::stable::zero_(dmask);
+  const Tensor delta = allocate({q.size(0), p.heads, q.size(2)}, ScalarType::Float);
+  const Tensor slope_rows = allocate({slopes_grad ? q.size(0) : 0, p.heads, q.size(2)}, ScalarType::Float);
+  p.delta = delta.mutable_data_ptr();
+  if (slopes_grad) p.slope_rows = slope_rows.mutable_data_ptr();
+  if (p.heads > 0) run_backward(p, q.get_device_index());
+  return gradients;
+}
+
 }  // namespace cuda
 }  // namespace fastattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("attention_inference", TORCH_BOX(&fastattn::cuda::attention_inference));
   m.impl("attention_forward", TORCH_BOX(&fastattn::cuda::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fastattn::cuda::attention_backward));
   m.impl("attention_append", TORCH_BOX(&fastattn::cuda::attention_append));
 }

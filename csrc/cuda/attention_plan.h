@@ -25,5 +25,12 @@ inline ForwardPlan plan_forward(const AttentionParams& p, bool sequences, bool q
   return {refusal, sequences && (tiles || q_packed || p.batch == 0), tiles, decodes};
 }
 
+// Why no kernel computes the gradients of a call, or null.
+inline const char* backward_refusal(const AttentionParams& p) {
+  if (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) return "float32 and float64";
+  if (std::max(p.head_dim, p.head_dim_v) > 256) return "head_dim over 256";
+  return nullptr;
+}
+
 }  // namespace cuda
 }  // namespace fastattn

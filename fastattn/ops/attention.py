@@ -435,8 +435,8 @@ def _cuda_why_not(q: Tensor, v: Tensor, options: _Options, paged: bool, gradient
         return "float64 (CUDA kernels accumulate in float32)"
     if (reason := _too_wide(q, v)) is not None:
         return reason
-    if gradient:
-        return "gradients (the CUDA kernels are forward alone)"
+    if gradient and q.dtype == torch.float32:
+        return "gradients of float32 (tensor cores multiply 16-bit values)"
     if options.dropout_p > 0 or q.shape[2] > _FEW_ROWS:
         if q.dtype == torch.float32:
             return f"float32 of more than {_FEW_ROWS} query rows, or with dropout (tensor cores multiply 16-bit values)"

@@ -42,6 +42,8 @@ int forward_plan(const AttentionParams* p, bool sequences, bool q_packed) {
   return plan.refusal != nullptr ? 8 : 4 * plan.fills + 2 * plan.tiles + plan.decodes;
 }
 
+bool has_gradients(const AttentionParams* p) { return cuda::backward_refusal(*p) == nullptr; }
+
 // How often the slots of a call come to each key: (batch, keys of p), or those of the one batch entry that all lie in.
 void decode_cover(const AttentionParams* attention, bool k_packed, int32_t* seen) {
   const cuda::DecodeParams p = cuda::decode_params(*attention, false, k_packed);

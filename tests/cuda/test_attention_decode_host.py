@@ -24,7 +24,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled("attention_decode_host.cpp", tmp_path_factory.mktemp("cuda"))
+    library = compiled("attention_decode_host.cpp", tmp_path_factory.mktemp("cuda"))
+    library.has_gradients.restype = ctypes.c_bool
+    return library
 
 
 def _run(kernels: ctypes.CDLL, call: Call, fresh: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -270,4 +272,8 @@ def test_the_rung_refuses_what_the_kernels_refuse(kernels: ctypes.CDLL) -> None:
         reason = module._cuda_why_not(q, v, options, paged, False)
         assert (kernels.forward_plan(ctypes.byref(call), paged, False) == 8) == (reason is not None)
         refused.add(reason)
+        if reason is None:
+            assert kernels.has_gradients(ctypes.byref(call)) == (
+                module._cuda_why_not(q, v, options, paged, True) is None
+            )
     assert len(refused) == 5 and None in refused

@@ -92,9 +92,11 @@ def test_pages_are_read_by_few_rows(device: pytest.MonkeyPatch) -> None:
         assert str(module._cuda_why_not(q, v, options, True, False)) == reason
 
 
-def test_gradients_are_another_rungs(device: pytest.MonkeyPatch) -> None:
+def test_gradients_are_of_16_bits(device: pytest.MonkeyPatch) -> None:
     q, k, v = _tensors()
-    assert "gradients" in str(_answer(q.requires_grad_(), k, v))
+    assert _answer(q.requires_grad_(), k, v) is None
+    q, k, v = _tensors(dtype=torch.float32)
+    assert str(_answer(q.requires_grad_(), k, v)).startswith("gradients of float32")
     with torch.no_grad():
         assert _answer(q, k, v) is None
 
