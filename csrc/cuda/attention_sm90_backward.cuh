@@ -14,6 +14,7 @@
 // Registers a thread: sums kD / 2 for each gradient, s and dp 32 each, p and ds 16 each; shared memory kSharedBytes.
 #pragma once
 
+#include "cuda/attention_gradient.cuh"
 #include "cuda/attention_sm90_forward.cuh"
 
 namespace fastattn {
@@ -33,7 +34,8 @@ struct AttentionSm90BackwardTile {
 };
 
 struct AttentionSm90BackwardCall : AttentionBackwardParams {
-  AttentionTiling tiling;  // of the owned rows; of keys only its `groups` and `blocks` count
+  AttentionTiling tiling;
+  KeyTiling key_tiling;
   int64_t q_batches, k_batches;
   bool aligned;  // 16-byte stores
 };
@@ -66,14 +68,6 @@ struct AttentionSm90BackwardMemory {
   }
 };
 
-// Rows that see `key`, by the window alone.
-__host__ __device__ inline KeyRange rows_of_key(const AttentionParams& p, const AttentionTile& tile, int key) {
-  const int64_t at = key - tile.diagonal;
-  if (key >= tile.keys) return {0, 0};
-  return {p.window_right >= 0 ? clamped(at - p.window_right, tile.rows) : 0,
-          p.window_left >= 0 ? clamped(at + p.window_left + 1, tile.rows) : tile.rows};
-}
-
 // A tile of owned lines: `lines` of its sequence from `start` of the tensor on, of which it takes [first, ...); of the
 // passing ones `seen` by any owned line, `all` by every one of a warpgroup's.
 struct AttentionSm90BackwardWork {
@@ -85,26 +79,11 @@ struct AttentionSm90BackwardWork {
   static __device__ AttentionSm90BackwardWork of(const AttentionSm90BackwardCall& p) {
     AttentionSm90BackwardWork work{};
     const int sharing = static_cast<int>(p.heads / p.heads_kv);
-    if constexpr (Tile::kForKeys) {
-      // The first keys first: under a causal mask most rows see them.
-      const int64_t group = blockIdx.x % p.tiling.groups, batch = group / p.heads_kv;
-      const Sequence own = p.sequences != nullptr ? p.sequences[batch] : Sequence{0, p.rows, 0, p.keys, p.diagonal};
-      work.tile = {static_cast<int>(batch),
-                   0,
-                   0,
-                   static_cast<int>(own.q_begin),
-                   static_cast<int>(own.rows),
-                   static_cast<int>(own.k_begin),
-                   static_cast<int>(own.keys),
-                   own.diagonal};
-      work.first = static_cast<int>(blockIdx.x / p.tiling.groups) * Tile::kLines;
-      work.head = static_cast<int>(group % p.heads_kv), work.passing_head = work.head * sharing, work.heads = sharing;
-    } else {
-      work.tile = attention_tile(p, p.tiling, blockIdx.x);
-      work.first = work.tile.first_line;
-      work.head = work.tile.group, work.passing_head = work.head / sharing, work.heads = 1;
-    }
+    work.tile = Tile::kForKeys ? key_tile(p, p.key_tiling, blockIdx.x) : attention_tile(p, p.tiling, blockIdx.x);
     const AttentionTile& tile = work.tile;
+    work.first = tile.first_line, work.head = tile.group;
+    work.passing_head = Tile::kForKeys ? work.head * sharing : work.head / sharing;
+    work.heads = Tile::kForKeys ? sharing : 1;
     work.lines = Tile::kForKeys ? tile.keys : tile.rows, work.start = Tile::kForKeys ? tile.k_begin : tile.q_begin;
     work.passing_lines = Tile::kForKeys ? tile.rows : tile.keys;
     work.passing_start = Tile::kForKeys ? tile.q_begin : tile.k_begin;
@@ -361,12 +340,9 @@ void launch_attention_sm90_backward(const AttentionBackwardParams& p, const Make
   const AttentionSm90BackwardMaps maps = {make_map(x.q), make_map(x.k), make_map(x.v), make_map(x.dout)};
   const auto run = [&](auto tile) {
     using Tile = decltype(tile);
-    x.call.tiling = attention_tiling(p, Tile::kLines, 1);
-    if (Tile::kForKeys) {
-      x.call.tiling.groups = p.batch * p.heads_kv;
-      x.call.tiling.blocks = (p.keys + Tile::kLines - 1) / Tile::kLines;
-    }
-    const LaunchConfig config = {x.call.tiling.tiles(), Tile::kThreads, Tile::kSharedBytes};
+    x.call.tiling = attention_tiling(p, Tile::kLines, 1), x.call.key_tiling = key_tiling(p, Tile::kLines);
+    const int64_t tiles = Tile::kForKeys ? x.call.key_tiling.tiles() : x.call.tiling.tiles();
+    const LaunchConfig config = {tiles, Tile::kThreads, Tile::kSharedBytes};
     launch(Tile::kForKeys ? "attention_sm90_backward of keys" : "attention_sm90_backward of rows",
            attention_sm90_backward_kernel<T, Tile>, config, x.call, maps);
   };
