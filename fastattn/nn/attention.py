@@ -23,12 +23,12 @@ def _check_mask(name: str, mask: Tensor | None, allowed_dims: tuple[int, ...]) -
     if mask is None:
         return
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
+        raise _validate.DtypeError(
             f"{name} must be boolean (True = hidden) or floating point (added to the scores), got {mask.dtype}"
         )
     if mask.dim() not in allowed_dims:
         dims = " or ".join(f"{n}-D" for n in allowed_dims)
-        raise ValueError(f"{name} must be {dims} for these inputs, got shape {tuple(mask.shape)}")
+        raise _validate.ShapeError(f"{name} must be {dims} for these inputs, got shape {tuple(mask.shape)}")
 
 
 def _merge_masks(key_padding: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -70,7 +70,7 @@ class MultiheadAttention(nn.MultiheadAttention):
       ``key_padding_mask``, weights are not asked for and L equals the number of keys; otherwise the mask itself is used.
       (torch also replaces it when L differs, and then hides the key of ``add_bias_kv`` and ``add_zero_attn`` from most rows.)
     * ``add_zero_attn`` is one more exp(0) in the denominator of the softmax: nothing is concatenated.
-    * Wrong arguments raise TypeError or ValueError where torch raises AssertionError or RuntimeError.
+    * What wrong arguments raise is a TypeError or a ValueError beside the AssertionError or RuntimeError that torch raises.
 
     With ``need_weights=True``, torch's default, the output has the bits that it has without, from the same fused pass, and the
     weights, which are those after dropout, come from :func:`fastattn.attention_weights`: O(L·S) memory, of all heads only if
@@ -244,12 +244,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             if key_padding_mask.dim() == 1:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
             if key_padding_mask.shape != (batch, keys):
-                raise ValueError(f"key_padding_mask must be {(batch, keys)}, got {tuple(key_padding_mask.shape)}")
+                raise _validate.ShapeError(
+                    f"key_padding_mask must be {(batch, keys)}, got {tuple(key_padding_mask.shape)}"
+                )
             key_padding_mask = key_padding_mask[:, None, None, :]
         if attn_mask is not None:
             expected = (rows, keys) if attn_mask.dim() == 2 else (batch * heads, rows, keys)
             if attn_mask.shape != expected:
-                raise ValueError(f"a {attn_mask.dim()}-D attn_mask must be {expected}, got {tuple(attn_mask.shape)}")
+                raise _validate.ShapeError(
+                    f"a {attn_mask.dim()}-D attn_mask must be {expected}, got {tuple(attn_mask.shape)}"
+                )
             attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
         return _merge_masks(key_padding_mask, attn_mask, q.dtype)
 
@@ -258,20 +262,22 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         dims = query.dim()
         if dims not in (2, 3):
-            raise ValueError(f"query must be 2-D (unbatched) or 3-D, got shape {tuple(query.shape)}")
+            raise _validate.ShapeError(f"query must be 2-D (unbatched) or 3-D, got shape {tuple(query.shape)}")
         batch_dim = 0 if self.batch_first else 1
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() != dims:
-                raise ValueError(f"{name} must be {dims}-D as query is, got shape {tuple(x.shape)}")
+                raise _validate.ShapeError(f"{name} must be {dims}-D as query is, got shape {tuple(x.shape)}")
             if x.shape[-1] != width:
-                raise ValueError(f"{name} must have {width} features, got shape {tuple(x.shape)}")
+                raise _validate.ShapeError(f"{name} must have {width} features, got shape {tuple(x.shape)}")
             if dims == 3 and x.shape[batch_dim] != query.shape[batch_dim]:
                 layout = "(batch, seq, features)" if self.batch_first else "(seq, batch, features)"
-                raise ValueError(
+                raise _validate.ShapeError(
                     f"{name} must have query's batch size {query.shape[batch_dim]} in the layout {layout},"
                     f" got shape {tuple(x.shape)}"
                 )
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same number of rows")
+            raise _validate.ShapeError(
+                f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same number of rows"
+            )
         _check_mask("key_padding_mask", key_padding_mask, (1,) if dims == 2 else (2,))
         _check_mask("attn_mask", attn_mask, (2, 3))

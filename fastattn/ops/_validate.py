@@ -14,6 +14,15 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
+class ShapeError(ValueError, RuntimeError, AssertionError):
+    """A shape that does not fit: a ValueError, and what torch raises there, in its operators (RuntimeError) and in its modules
+    (AssertionError), for code that was written for those."""
+
+
+class DtypeError(TypeError, RuntimeError, AssertionError):
+    """The same of a dtype: a TypeError, and what torch raises there."""
+
+
 def tensor(name: str, x: object, dim: int | None = None) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
@@ -21,19 +30,19 @@ def tensor(name: str, x: object, dim: int | None = None) -> Tensor:
         kind = "nested" if x.is_nested else str(x.layout)
         raise TypeError(f"{name}: expected a dense (strided) tensor, got a {kind} one")
     if dim is not None and x.dim() != dim:
-        raise ValueError(f"{name}: expected {dim} dimensions, got shape {tuple(x.shape)}")
+        raise ShapeError(f"{name}: expected {dim} dimensions, got shape {tuple(x.shape)}")
     return x
 
 
 def floating(name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {x.dtype}, allowed are float64, float32, float16, bfloat16")
+        raise DtypeError(f"{name}: got dtype {x.dtype}, allowed are float64, float32, float16, bfloat16")
 
 
 def like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and device."""
     if x.dtype != other.dtype:
-        raise TypeError(f"{name}: dtype {x.dtype} differs from {other_name}'s {other.dtype}")
+        raise DtypeError(f"{name}: dtype {x.dtype} differs from {other_name}'s {other.dtype}")
     same_device(name, x, other_name, other)
 
 
@@ -44,7 +53,7 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(x.shape) != tuple(expected):
-        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
+        raise ShapeError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
 def readable(x: Tensor | None, triton: bool) -> Tensor | None:

@@ -390,7 +390,7 @@ def _check(
     _validate.floating("x", _validate.tensor("x", x))
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or len(shape) > x.dim() or tuple(x.shape[x.dim() - len(shape) :]) != shape:
-        raise ValueError(f"normalized_shape: {shape} is not the end of x's shape {tuple(x.shape)}")
+        raise _validate.ShapeError(f"normalized_shape: {shape} is not the end of x's shape {tuple(x.shape)}")
     _validate.number("eps", options.eps)
     if not (math.isfinite(options.eps) and options.eps >= 0):
         raise ValueError(f"eps: got {options.eps}, allowed are finite numbers >= 0")
@@ -401,7 +401,7 @@ def _check(
         _validate.shape(name, _validate.tensor(name, parameter), shape)
         _validate.same_device(name, parameter, "x", x)
         if parameter.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name}: got dtype {parameter.dtype}, allowed are {x.dtype} and torch.float32")
+            raise _validate.DtypeError(f"{name}: got dtype {parameter.dtype}, allowed are {x.dtype} and torch.float32")
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"bias: dtype {bias.dtype} differs from weight's {weight.dtype}")
     if residual is not None:
