@@ -271,8 +271,12 @@ struct BackwardSm80Block {
   }
 };
 
+// Blocks of a multiprocessor that ptxas is told of; 0: it is not. Left alone it spills dq's kernel of 96 channels for a
+// second block on sm_120, told of one that of dk and dv of 128.
+constexpr int told_blocks(Sm80Gradient of) { return of == Sm80Gradient::kQueries ? 1 : 0; }
+
 template <class T, int kD, bool kGeneral, Sm80Gradient kOf>
-__global__ void __launch_bounds__(BackwardSm80<kD>::kThreads, 1)
+__global__ void __launch_bounds__(BackwardSm80<kD>::kThreads, told_blocks(kOf))
     attention_sm80_backward_kernel(const __grid_constant__ AttentionSm80BackwardCall p) {
   using Block = BackwardSm80Block<T, kD, kGeneral, kOf>;
   note_dynamic_shared<BackwardSm80<kD>::kSharedBytes>();

@@ -217,6 +217,19 @@ def test_options(kernels: ctypes.CDLL, option: str) -> None:
     _check(kernels, Call(q, k, v, **OPTIONS[option]))
 
 
+@pytest.mark.parametrize(
+    "window", [{"window_right": 0, "diagonal": 62}, {"window_left": 62}, {"window_right": 62, "diagonal": 64}], ids=str
+)
+def test_edges_of_tiles(kernels: ctypes.CDLL, window: dict[str, int]) -> None:
+    """Bounds one short of a tile, or on it; the first key that a row does not see would have nearly all of its weight."""
+    q, k, v = _tensors(1, (1, 1), 70, 140, (64, 64), torch.bfloat16)
+    call = Call(q, k, v, **window)
+    past = call.diagonal + (call.window_right + 1 if call.window_right >= 0 else -call.window_left - 1)
+    for row in range(max(0, -past), min(70, 140 - past)):
+        k[0, 0, row + past] = 2 * q[0, 0, row]
+    _check(kernels, call)
+
+
 @pytest.mark.parametrize("width", [128, pytest.param(256, marks=pytest.mark.slow)])
 def test_all_options_at_once(kernels: ctypes.CDLL, width: int) -> None:
     q, k, v = _tensors(1, (2, 1), 37, 75, (width, width), torch.float16)
