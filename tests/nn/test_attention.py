@@ -97,6 +97,23 @@ def test_options(options, kind, weights):
     assert_parity(ours, theirs, lambda m, *t: attend(m, *t, **weights), tensors)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True, "kdim": 10}],
+)
+def test_appended_keys_with_every_mask(options, layout):
+    ours, theirs = pair(batch_first=layout == "batch_first", **options)
+    q, k, v = shaped(layout, L), shaped(layout, S, options.get("kdim", E)), shaped(layout, S)
+    for kind in MASKS:
+        padding, mask = masks(kind, layout, L, S)
+        for weights in WEIGHTS:
+            found, expected = (attend(m, q, k, v, padding, mask, **weights) for m in (ours, theirs))
+            torch.testing.assert_close(
+                found, expected, atol=1e-5, rtol=1e-5, msg=lambda m, at=(kind, weights): f"{at}: {m}"
+            )
+
+
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bias", [True, False])
