@@ -32,11 +32,11 @@ SCHEMAS = {
     # Key j is visible to row i iff  -window_left <= j - (i + diagonal) <= window_right,  -1 = unlimited.
     # sequences int64 (S, 5), where q lies: (q_begin, rows, k_begin, keys, diagonal) of each, counted in its batch entry. q (and k,
     # v) have S batch entries, or one that all sequences lie in; B = S for alibi_slopes and dropout. Rows outside give out 0, lse
-    # -inf. Backward, and Triton's kernels, need sequences of one batch entry to lie one after the other; Triton's check no value.
+    # -inf. Backward, and kernels on GPUs, need sequences of one batch entry to lie one after the other; those check no value.
     # block_table int32 (S, pages of each), where q lies: k and v are (pages, Hk, page_size, D), key j of sequence s is row
     # j % page_size of page block_table[s, j / page_size].
-    # statistics (2, B, H, Nq): m and l of a float32 lse = log(l 2^m), which rounding took digits from; Triton gives zeros and does
-    # not look at them; (0,) for other dtypes of q.
+    # statistics (2, B, H, Nq): m and l of a float32 lse = log(l 2^m), which rounding took digits from; on GPUs zeros that
+    # nobody looks at; (0,) for other dtypes of q.
     "attention_forward": (
         "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, float softmax_scale,"
         " int window_left, int window_right, int diagonal, float softcap, float dropout_p, Tensor? rng_state,"
