@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 # One process per core with one thread each: small tests gain nothing from threads. A file stays in one process.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# The CUDA extension takes a minute to compile: built by `make` where there is a GPU to run it (or FASTATTN_BUILD_CUDA=1 asks).
+# The CUDA extension takes minutes to compile: built by `make` where there is a GPU to run it (or FASTATTN_BUILD_CUDA=1 asks).
 FASTATTN_BUILD_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 export FASTATTN_BUILD_CUDA
 
