@@ -266,8 +266,10 @@ struct AttentionSm90Consumer {
       hand_on();
       wgmma_wait<1>();
       wgmma_fence_sums(s);
-      release(Memory::k_empty(place.stage));
       weigh(block, s, state, factor);
+      // Not before the sums are there, which are never negative: ptxas moves a wait up to the last access to memory
+      // before it, and the softmax would no longer run under the product of the values.
+      if (!(state.l[0] + state.l[1] < 0)) release(Memory::k_empty(place.stage));
       wgmma_wait<0>();
       wgmma_fence_sums(acc);
       release(Memory::v_empty(before.stage));
