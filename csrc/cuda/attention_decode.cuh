@@ -132,7 +132,8 @@ class DecodeRing {
 
   __device__ void copy(const T* row, int64_t channels, char* tile) const {
     const unsigned lane = threadIdx.x % 32;
-#pragma unroll
+    // More at a time, and sm_120 spills 256 channels of float32.
+#pragma unroll 8
     for (int i = 0; i < Tile::kChunks / 2; ++i) {
       const int line = (i * 32 + lane) / Tile::kChunks, chunk = (i * 32 + lane) % Tile::kChunks;
       const T* from = row_of_lane(row, line);
