@@ -26,6 +26,7 @@ _SPREAD = [
     ("norm_sm90", "90a"),
     ("attention_decode", "90a"),
     ("attention_sm80_forward", "80"),
+    ("attention_sm90_forward", "90a"),
     ("gemm_sm80", "86"),
     ("gemm_sm90", "90a"),
 ]
