@@ -124,6 +124,8 @@ def test_windows(kernels: ctypes.CDLL) -> None:
         {"window_right": 0, "diagonal": -100},
     ):
         _check(kernels, Call(q, k, v, softmax_scale=0.125, sinks=torch.randn(2), **window))
+    # Rows that see nothing: lse is -inf.
+    _check(kernels, Call(q, k, v, softmax_scale=0.125, window_right=0, diagonal=-100))
 
 
 def test_sequences(kernels: ctypes.CDLL) -> None:
