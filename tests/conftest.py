@@ -1,9 +1,19 @@
 """Settings of every test: a fixed seed, and NaN in all memory that a kernel should have written."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_sessionstart() -> None:
+    """A run that is to test a build of its own (``tests/sanitize.py``) must not test another that lies before it on the path."""
+    if build := os.environ.get("FASTATTN_TESTED_BUILD"):
+        from fastattn import _native
+
+        assert Path(_native.__file__).is_relative_to(build), f"{_native.__file__} is tested, not {build}"
 
 
 @pytest.fixture(autouse=True)

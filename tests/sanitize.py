@@ -78,7 +78,13 @@ def main() -> int:
         return 1
     # UndefinedBehaviorSanitizer writes to the standard error and ends the process: pytest must not keep that.
     arguments = [*(sys.argv[1:] or KERNEL_TESTS), "-q", "--capture=sys", "-n", "auto", "--dist", "worksteal"]
-    tests = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment())
+    # pytest's own path would put the package of the working directory before the one that was built: conftest.py looks.
+    arguments += ["-o", "pythonpath=tests"]
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=ROOT,
+        env=environment() | {"FASTATTN_TESTED_BUILD": str(PACKAGE)},
+    )
     report = take_reports()
     print(report, file=sys.stderr)
     return 1 if report else tests.returncode

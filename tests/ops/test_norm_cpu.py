@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tolerance import assert_accurate
 from torch import Tensor
 
 import fastattn.ops._library as library
 from fastattn.reference.norm import norm_rows
 from fastattn.reference.philox import matrix_dropout
-from tests.tolerance import assert_accurate
 
 if not library.has_cpu:
     pytest.skip(f"no C++ core: {library.load_errors.get('_C')}", allow_module_level=True)
