@@ -7,7 +7,6 @@
 
 #include "cuda/attention_launch.h"
 #include "cuda/attention_plan.h"
-#include "cuda/attention_sm80.h"
 #include "cuda/operator.h"
 #include "ops/attention.h"
 

@@ -1,6 +1,6 @@
 // The launches of attention_backward_rows.cuh.
 #include "cuda/attention_backward_rows.cuh"
-#include "cuda/attention_sm80.h"
+#include "cuda/attention_launch.h"
 
 namespace fastattn {
 namespace cuda {

@@ -26,7 +26,8 @@ struct DecodeTile {
                 "the warps' sums take its place");
 };
 
-// Byte offset of a 16-byte chunk of a line of a tile: one chunk of eight lines lies in as many bank groups.
+// Byte offset of a 16-byte chunk of a line of a tile: one chunk of eight lines lies in as many bank groups. The place
+// that swizzled_chunk gives, with line and chunk apart: in that form float32 of 256 channels spills (sm_80).
 template <int kChunks>
 __host__ __device__ inline int tile_offset(int line, int chunk) {
   return line * (16 * kChunks) + chunk / 8 * 128 + (chunk % 8 ^ line % 8) * 16;

@@ -12,9 +12,23 @@ namespace cuda {
 // p.aligned is set here.
 void launch_attention_decode(const DecodeParams& p, const StreamLaunch& launch);
 
-// Compiled for sm_90a alone. Taken: float16 and bfloat16, up to 256 channels, rows and addresses of q, k and v in
-// multiples of 16 bytes, no pages; any number of rows and every feature of a score. Fills p.out, and p.lse unless it is
-// null.
+// mma.sync, for every architecture. Fills p.out, and p.lse unless it is null, but for rows that are no sequence's.
+// float16 and bfloat16, up to 256 channels, no pages; everything else of a call is taken.
+void launch_attention_sm80_forward(const AttentionParams& p, const StreamLaunch& launch);
+
+// Backward of the same calls, in this order; rows and keys that are no sequence's keep what their gradients hold,
+// packed sequences follow one another. First p.delta of every row, in float32, lying as p.lse does.
+void launch_attention_delta(const AttentionBackwardParams& p, const StreamLaunch& launch);
+// Then dq, dk, dv and, where p has a place for them, dmask and each row's part of the slopes' gradients, p.slope_rows.
+// Those of float16 are in a file of their own.
+void launch_attention_sm80_backward(const AttentionBackwardParams& p, const StreamLaunch& launch);
+void launch_attention_sm80_backward_float16(const AttentionBackwardParams& p, const StreamLaunch& launch);
+// Then dsinks and dslopes, where p has a place for them.
+void launch_attention_row_sums(const AttentionBackwardParams& p, const StreamLaunch& launch);
+
+// TMA and wgmma, compiled for sm_90a alone. Taken: float16 and bfloat16, up to 256 channels, rows and addresses of q, k
+// and v in multiples of 16 bytes, no pages; any number of rows and every feature of a score. Fills p.out, and p.lse
+// unless it is null.
 #if defined(FASTATTN_CUDA_SM90)
 bool attention_forward_sm90_takes(const AttentionParams& p);
 void launch_attention_forward_sm90(const AttentionParams& p, int multiprocessors, const StreamLaunch& launch);

@@ -1,5 +1,5 @@
 // The launches of attention_sm80_backward_launch.cuh for bfloat16, and which file has which type.
-#include "cuda/attention_sm80.h"
+#include "cuda/attention_launch.h"
 #include "cuda/attention_sm80_backward_launch.cuh"
 
 namespace fastattn {

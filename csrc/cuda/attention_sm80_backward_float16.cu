@@ -1,5 +1,5 @@
 // The launches of attention_sm80_backward_launch.cuh for float16.
-#include "cuda/attention_sm80.h"
+#include "cuda/attention_launch.h"
 #include "cuda/attention_sm80_backward_launch.cuh"
 
 namespace fastattn {

@@ -1,5 +1,5 @@
 // The launches of attention_sm80_forward.cuh.
-#include "cuda/attention_sm80.h"
+#include "cuda/attention_launch.h"
 #include "cuda/attention_sm80_forward.cuh"
 
 namespace fastattn {

@@ -1,4 +1,4 @@
-"""``AttentionParams`` of csrc/cpu/params.h from the tensors of a call, for attention kernels on the CPU's model of a GPU."""
+"""Calls of attention kernels on the model of a GPU: their tensors, ``AttentionParams`` of csrc/cpu/params.h, the reference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.reference.attention import masked_attention
+
+RNG_STATE = torch.tensor([0x0123456789ABCDEF, 77])
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
 
 
@@ -29,9 +32,14 @@ items_before; n:first_row first_key; p:block_table; n:max_pages page_size
 """
 
 
-def _fields() -> list[tuple[str, type]]:
+_BACKWARD_FIELDS = """
+d:stage; p:dout; n3:dout_stride; p:dlse dq dk dv; n2:key_stride; p:dmask; n4:mask_extent; p:dslopes dsinks delta slope_rows
+"""
+
+
+def _fields(text: str) -> list[tuple[str, type]]:
     found: list[tuple[str, type]] = []
-    for part in _FIELDS.replace("\n", " ").split(";"):
+    for part in text.replace("\n", " ").split(";"):
         kind, _, names = part.strip().partition(":")
         if kind == "dropout":
             found.append((kind, Dropout))
@@ -42,11 +50,15 @@ def _fields() -> list[tuple[str, type]]:
 
 
 class AttentionParams(ctypes.Structure):
-    _fields_ = _fields()
+    _fields_ = _fields(_FIELDS)
+
+
+class AttentionBackwardParams(AttentionParams):
+    _fields_ = _fields(_BACKWARD_FIELDS)
 
 
 class Call(NamedTuple):
-    """The arguments of ``fastattn::attention_forward`` but those of dropout."""
+    """The arguments of ``fastattn::attention_forward`` but those of dropout, whose seed and offset are ``RNG_STATE``."""
 
     q: Tensor
     k: Tensor
@@ -63,7 +75,45 @@ class Call(NamedTuple):
     block_table: Tensor | None = None
 
 
-def fill(call: Call, out: Tensor, lse: Tensor) -> AttentionParams:
+def tensors(
+    batch: int, heads: tuple[int, int], rows: int, keys: int, dims: tuple[int, int], dtype: torch.dtype
+) -> list[Tensor]:
+    """q, k and v, contiguous."""
+    torch.manual_seed(rows * keys + dims[0])
+    shapes = (batch, heads[0], rows, dims[0]), (batch, heads[1], keys, dims[0]), (batch, heads[1], keys, dims[1])
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def projections(
+    heads: tuple[int, int],
+    rows: int,
+    keys: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+) -> list[Tensor]:
+    """q, k and v in the memory order (batch, rows, heads, channels)."""
+    torch.manual_seed(rows * keys + dims[0])
+    shapes = ((rows, heads[0], dims[0]), (keys, heads[1], dims[0]), (keys, heads[1], dims[1]))
+    return [torch.randn(batch, *shape).to(dtype).transpose(1, 2) for shape in shapes]
+
+
+def forward(call: Call, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the reference, in the dtypes that the tensors have."""
+    *tensors, scale, left, right, diagonal, softcap, sequences, table = call
+    return masked_attention(
+        *tensors, softmax_scale=scale, window_left=left, window_right=right, diagonal=diagonal, softcap=softcap,
+        dropout_p=dropout_p, rng_state=RNG_STATE, sequences=sequences, block_table=table,
+    )  # fmt: skip
+
+
+def reference(call: Call, dtype: torch.dtype, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """``forward`` of the call in ``dtype``."""
+    cast = {name: x.to(dtype) for name, x in call._asdict().items() if isinstance(x, Tensor) and x.is_floating_point()}
+    return forward(call._replace(**cast), dropout_p)
+
+
+def fill(call: Call, out: Tensor, lse: Tensor, dropout_p: float = 0.0) -> AttentionParams:
     """What csrc/ops/attention.h makes of a call."""
     q, k, v = call.q, call.k, call.v
     p = AttentionParams()
@@ -97,4 +147,7 @@ def fill(call: Call, out: Tensor, lse: Tensor) -> AttentionParams:
     p.scale, p.softcap = call.softmax_scale, call.softcap
     p.window_left, p.window_right, p.diagonal = call.window_left, call.window_right, call.diagonal
     p.dropout, p.dropout_scale = Dropout(0, 0, 0, 1.0), 1.0
+    if dropout_p:
+        p.dropout = Dropout(*RNG_STATE.tolist(), int(dropout_p * 2**32), 1 / (1 - dropout_p))
+        p.dropout_scale = 1 / (1 - dropout_p)
     return p

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn.reference.attention import masked_attention
-from tests.cuda.attention_call import Call, fill
+from tests.cuda.attention_call import Call, fill, reference, tensors
 from tests.cuda.host import compiled
 from tests.tolerance import assert_accurate
 
@@ -46,27 +45,10 @@ def _run(kernels: ctypes.CDLL, call: Call, fresh: tuple[Tensor, Tensor] | None =
     return out, lse
 
 
-def _reference(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    def cast(x: Tensor | None) -> Tensor | None:
-        return x.to(dtype) if x is not None and x.is_floating_point() else x
-
-    *tensors, scale, left, right, diagonal, softcap, sequences, table = call
-    return masked_attention(
-        *map(cast, tensors), softmax_scale=scale, window_left=left, window_right=right, diagonal=diagonal,
-        softcap=softcap, dropout_p=0.0, rng_state=None, sequences=sequences, block_table=table,
-    )  # fmt: skip
-
-
 def _check(kernels: ctypes.CDLL, call: Call) -> None:
-    actual, plain, exact = _run(kernels, call), _reference(call, call.q.dtype), _reference(call, torch.float64)
+    actual, plain, exact = _run(kernels, call), reference(call, call.q.dtype), reference(call, torch.float64)
     for name, ours, peer, true in zip(("out", "lse"), actual, plain, exact, strict=True):
         assert_accurate(ours, peer, true, name, terms=call.k.shape[2])
-
-
-def _tensors(batch: int, heads: tuple[int, int], rows: int, keys: int, dims: tuple[int, int], dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    torch.manual_seed(rows * keys + dims[0])
-    shapes = (batch, heads[0], rows, dims[0]), (batch, heads[1], keys, dims[0]), (batch, heads[1], keys, dims[1])
-    return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
 # (heads, key heads), rows, keys, (D, Dv) by what they reach: one part, one line; two parts and a tail; two tiles of lines; rows
@@ -84,13 +66,13 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(kernels: ctypes.CDLL, shape: tuple, dtype: torch.dtype) -> None:  # type: ignore[type-arg]
     heads, rows, keys, dims = shape
-    q, k, v = _tensors(2, heads, rows, keys, dims, dtype)
+    q, k, v = tensors(2, heads, rows, keys, dims, dtype)
     _check(kernels, Call(q, k, v, softmax_scale=dims[0] ** -0.5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_everything_that_touches_a_score(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
-    q, k, v = _tensors(2, (4, 2), 3, 290, (24, 24), dtype)
+    q, k, v = tensors(2, (4, 2), 3, 290, (24, 24), dtype)
     slopes, sinks = torch.rand(2, 4), torch.randn(4)
     common = {"softmax_scale": 0.3, "diagonal": 287}
     _check(kernels, Call(q, k, v, sinks=sinks, window_right=0, **common))  # type: ignore[arg-type]
@@ -109,7 +91,7 @@ def test_everything_that_touches_a_score(kernels: ctypes.CDLL, dtype: torch.dtyp
 
 
 def test_rows_that_see_nothing(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors(1, (2, 2), 4, 40, (16, 16), torch.bfloat16)
+    q, k, v = tensors(1, (2, 2), 4, 40, (16, 16), torch.bfloat16)
     out, lse = _run(kernels, Call(q, k, v, window_right=0, diagonal=-2))
     assert out[:, :, :2].eq(0).all() and lse[:, :, :2].eq(-math.inf).all() and lse[:, :, 2:].isfinite().all()
     out, lse = _run(kernels, Call(q, k[:, :, :0], v[:, :, :0]))
@@ -134,7 +116,7 @@ def _cache(table: list[int], page_size: int, dtype: torch.dtype) -> tuple[Tensor
 def test_caches(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
     lengths = [0, 3, 33, 300]
     table = torch.tensor([[9, 9, 9, 9, 9, 9, 9], [3, 9, 9, 9, 9, 9, 9], [0, 9, 9, 9, 9, 9, 9], [8, 2, 7, 1, 6, 5, 4]])
-    q, k, v = _tensors(4, (4, 2), 2, 300, (40, 40), dtype)
+    q, k, v = tensors(4, (4, 2), 2, 300, (40, 40), dtype)
     for s, length in enumerate(lengths):  # what lies past a sequence's end must not be read
         k[s, :, length:], v[s, :, length:] = math.nan, math.nan
     sequences = torch.tensor([[0, 2, 0, n, n - 2] for n in lengths])
@@ -153,7 +135,7 @@ def test_caches(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_append(kernels: ctypes.CDLL, paged: bool) -> None:
-    q, k, v = _tensors(2, (20, 2), 3, 272, (64, 48), torch.bfloat16)
+    q, k, v = tensors(2, (20, 2), 3, 272, (64, 48), torch.bfloat16)
     lengths, table = (258, 17), None
     sequences = torch.tensor([[0, 3, 0, n, n - 3] for n in lengths])
     if paged:
@@ -195,7 +177,7 @@ def test_packed_sequences_have_the_bits_they_have_alone(kernels: ctypes.CDLL) ->
 
 
 def test_nothing_unseen_reaches_a_row(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors(1, (2, 1), 3, 60, (64, 64), torch.float16)
+    q, k, v = tensors(1, (2, 1), 3, 60, (64, 64), torch.float16)
     call = Call(q, k, v, window_right=0, diagonal=57)
     clean, _ = _run(kernels, call)
     k[:, :, 59], v[:, :, 59, 5] = math.nan, math.inf
@@ -206,7 +188,7 @@ def test_nothing_unseen_reaches_a_row(kernels: ctypes.CDLL) -> None:
 
 def test_the_longest_part(kernels: ctypes.CDLL) -> None:
     """Beyond 64 parts of 256 keys parts are longer."""
-    q, k, v = _tensors(1, (1, 1), 1, 64 * 256 + 70, (8, 8), torch.float16)
+    q, k, v = tensors(1, (1, 1), 1, 64 * 256 + 70, (8, 8), torch.float16)
     _check(kernels, Call(q, k, v))
 
 

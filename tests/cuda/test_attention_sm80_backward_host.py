@@ -14,37 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn.reference.attention import masked_attention, visible
+from fastattn.reference.attention import visible
 from tests import plain
-from tests.cuda.attention_call import AttentionParams, Call, Dropout, fill
+from tests.cuda.attention_call import RNG_STATE, AttentionBackwardParams, AttentionParams, Call, fill, forward, tensors
 from tests.cuda.host import compiled
 from tests.tolerance import assert_accurate
 
 DTYPES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
-RNG_STATE = torch.tensor([0x0123456789ABCDEF, 77])
-
-
-def _fields() -> list[tuple[str, type]]:
-    pointers = [
-        [(name, ctypes.c_void_p) for name in names.split()]
-        for names in ("dlse dq dk dv", "dslopes dsinks delta slope_rows")
-    ]
-    return [
-        ("stage", ctypes.c_int),
-        ("dout", ctypes.c_void_p),
-        ("dout_stride", ctypes.c_int64 * 3),
-        *pointers[0],
-        ("key_stride", ctypes.c_int64 * 2),
-        ("dmask", ctypes.c_void_p),
-        ("mask_extent", ctypes.c_int64 * 4),
-        *pointers[1],
-    ]
-
-
-class AttentionBackwardParams(AttentionParams):
-    """``AttentionBackwardParams`` of csrc/cpu/params.h."""
-
-    _fields_ = _fields()
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +28,12 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compiled("attention_sm80_backward_host.cpp", tmp_path_factory.mktemp("cuda"))
 
 
-def _forward(call: Call, dropout_p: float) -> tuple[Tensor, Tensor]:
-    *tensors, scale, left, right, diagonal, softcap, sequences, table = call
-    return masked_attention(
-        *tensors, softmax_scale=scale, window_left=left, window_right=right, diagonal=diagonal, softcap=softcap,
-        dropout_p=dropout_p, rng_state=RNG_STATE, sequences=sequences, block_table=table,
-    )  # fmt: skip
-
-
 def _plain(call: Call, dropout_p: float) -> tuple[Tensor, Tensor]:
     """Every step in q's dtype, where ``plain`` has words for the call."""
     if call.sequences is not None:
         return _plain_sequences(call)
     if call.diagonal != call.k.shape[2] - call.q.shape[2]:
-        return _forward(call, dropout_p)
+        return forward(call, dropout_p)
     return plain.attention(
         *call[:3], attn_mask=call.attn_mask, window_size=(call.window_left, call.window_right), softcap=call.softcap,
         alibi_slopes=call.alibi_slopes, sinks=call.sinks, softmax_scale=call.softmax_scale, dropout_p=dropout_p,
@@ -121,15 +89,12 @@ def _reference(
 
 
 def _run(kernels: ctypes.CDLL, call: Call, upstream: tuple[Tensor, Tensor], dropout_p: float) -> dict[str, Tensor]:
-    exact_out, exact_lse = _forward(_leaves(call, torch.float64), dropout_p)
+    exact_out, exact_lse = forward(_leaves(call, torch.float64), dropout_p)
     out, lse = exact_out.detach().to(call.q.dtype), exact_lse.detach().float().contiguous()
     dout, dlse = upstream
     p = AttentionBackwardParams.from_buffer_copy(
-        bytes(fill(call, out, lse)).ljust(ctypes.sizeof(AttentionBackwardParams), b"\0")
+        bytes(fill(call, out, lse, dropout_p)).ljust(ctypes.sizeof(AttentionBackwardParams), b"\0")
     )
-    if dropout_p:
-        p.dropout = Dropout(int(RNG_STATE[0]), int(RNG_STATE[1]), int(dropout_p * 2**32), 1 / (1 - dropout_p))
-        p.dropout_scale = 1 / (1 - dropout_p)
     p.dout, p.dlse, p.dout_stride[:] = dout.data_ptr(), dlse.data_ptr(), dout.stride()[:3]
     # As the operator does: zero where rows are no sequence's.
     start = 0.0 if call.sequences is not None else math.nan
@@ -160,16 +125,10 @@ def _check(kernels: ctypes.CDLL, call: Call, dropout_p: float = 0.0) -> None:
     upstream = torch.randn(out_shape).to(call.q.dtype), torch.randn(out_shape[:3])
     actual = _run(kernels, call, upstream, dropout_p)
     peer = _reference(_plain, call, upstream, call.q.dtype, dropout_p)
-    exact = _reference(_forward, call, upstream, torch.float64, dropout_p)
+    exact = _reference(forward, call, upstream, torch.float64, dropout_p)
     assert set(actual) == set(exact)
     for name, ours in actual.items():
         assert_accurate(ours, peer[name], exact[name], f"d{name}", terms=call.k.shape[2] * call.q.shape[2])
-
-
-def _tensors(batch: int, heads: tuple[int, int], rows: int, keys: int, dims: tuple[int, int], dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    torch.manual_seed(rows * keys + dims[0])
-    shapes = (batch, heads[0], rows, dims[0]), (batch, heads[1], keys, dims[0]), (batch, heads[1], keys, dims[1])
-    return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
 # (heads, key heads), rows, keys, (D, Dv), causal: every width of tile; several tiles of rows and of keys; rows that are not
@@ -190,7 +149,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(kernels: ctypes.CDLL, shape: tuple, dtype: torch.dtype) -> None:  # type: ignore[type-arg]
     heads, rows, keys, dims, causal = shape
-    q, k, v = _tensors(2 if rows < 35 else 1, heads, rows, keys, dims, dtype)
+    q, k, v = tensors(2 if rows < 35 else 1, heads, rows, keys, dims, dtype)
     window = {"window_right": 0, "diagonal": keys - rows} if causal else {}
     _check(kernels, Call(q, k, v, softmax_scale=dims[0] ** -0.5, **window))
 
@@ -213,7 +172,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(kernels: ctypes.CDLL, option: str) -> None:
-    q, k, v = _tensors(2, (2, 1), 70, 95, (64, 64), torch.bfloat16)
+    q, k, v = tensors(2, (2, 1), 70, 95, (64, 64), torch.bfloat16)
     _check(kernels, Call(q, k, v, **OPTIONS[option]))
 
 
@@ -222,7 +181,7 @@ def test_options(kernels: ctypes.CDLL, option: str) -> None:
 )
 def test_edges_of_tiles(kernels: ctypes.CDLL, window: dict[str, int]) -> None:
     """Bounds one short of a tile, or on it; the first key that a row does not see would have nearly all of its weight."""
-    q, k, v = _tensors(1, (1, 1), 70, 140, (64, 64), torch.bfloat16)
+    q, k, v = tensors(1, (1, 1), 70, 140, (64, 64), torch.bfloat16)
     call = Call(q, k, v, **window)
     past = call.diagonal + (call.window_right + 1 if call.window_right >= 0 else -call.window_left - 1)
     for row in range(max(0, -past), min(70, 140 - past)):
@@ -232,7 +191,7 @@ def test_edges_of_tiles(kernels: ctypes.CDLL, window: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("width", [128, pytest.param(256, marks=pytest.mark.slow)])
 def test_all_options_at_once(kernels: ctypes.CDLL, width: int) -> None:
-    q, k, v = _tensors(1, (2, 1), 37, 75, (width, width), torch.float16)
+    q, k, v = tensors(1, (2, 1), 37, 75, (width, width), torch.float16)
     call = Call(
         q, k, v, torch.randn(1, 2, 37, 75), torch.tensor([[0.3, 0.1]]), torch.tensor([0.7, -2.0]), softcap=4.0,
         window_left=60, window_right=10, diagonal=38,
@@ -245,7 +204,7 @@ def test_all_options_at_once(kernels: ctypes.CDLL, width: int) -> None:
 )
 def test_gradient_of_a_mask(kernels: ctypes.CDLL, shape: tuple[int, ...]) -> None:
     """Summed over whatever the mask is broadcast along."""
-    q, k, v = _tensors(2, (2, 1), 140, 95, (64, 48), torch.bfloat16)
+    q, k, v = tensors(2, (2, 1), 140, 95, (64, 48), torch.bfloat16)
     mask = torch.randn(shape)
     if shape[3] > 1:
         mask = mask.masked_fill(torch.rand(shape) > 0.9, -math.inf)
@@ -253,20 +212,20 @@ def test_gradient_of_a_mask(kernels: ctypes.CDLL, shape: tuple[int, ...]) -> Non
 
 
 def test_boolean_mask(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors(2, (2, 1), 70, 95, (64, 64), torch.float16)
+    q, k, v = tensors(2, (2, 1), 70, 95, (64, 64), torch.float16)
     mask = torch.rand(2, 1, 70, 95) > 0.5
     mask[:, :, 3] = False
     _check(kernels, Call(q, k, v, mask))
 
 
 def test_dropout_is_the_reference_s(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors(2, (4, 2), 70, 95, (64, 64), torch.float16)
+    q, k, v = tensors(2, (4, 2), 70, 95, (64, 64), torch.float16)
     _check(kernels, Call(q, k, v, window_right=0, diagonal=25), dropout_p=0.3)
 
 
 def test_strides(kernels: ctypes.CDLL) -> None:
     """(batch, rows, heads, channels), a slice with rows of odd length, and keys that all batches share."""
-    q, k, v = _tensors(2, (4, 2), 40, 80, (64, 64), torch.float16)
+    q, k, v = tensors(2, (4, 2), 40, 80, (64, 64), torch.float16)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.full((2, 2, 80, 67), math.nan, dtype=torch.float16)
     wide[..., 1:65] = v
@@ -275,12 +234,12 @@ def test_strides(kernels: ctypes.CDLL) -> None:
 
 def test_sequences(kernels: ctypes.CDLL) -> None:
     """Packed, one of them empty, one without keys, and rows behind the last; and batched with lengths of their own."""
-    q, k, v = _tensors(1, (2, 1), 210, 200, (64, 64), torch.bfloat16)
+    q, k, v = tensors(1, (2, 1), 210, 200, (64, 64), torch.bfloat16)
     table = torch.tensor([[0, 90, 0, 100, 10], [90, 0, 100, 5, 0], [90, 15, 105, 0, 0], [105, 100, 105, 80, -20]])
     _check(kernels, Call(q, k, v, sequences=table, window_right=0))
     slopes, sinks = torch.rand(4, 2), torch.randn(2)
     _check(kernels, Call(q, k, v, None, slopes, sinks, sequences=table))
-    q, k, v = _tensors(2, (2, 1), 20, 100, (64, 64), torch.bfloat16)
+    q, k, v = tensors(2, (2, 1), 20, 100, (64, 64), torch.bfloat16)
     table = torch.tensor([[0, 20, 0, 70, 50], [0, 20, 0, 0, 0]])
     _check(kernels, Call(q, k, v, sequences=table, window_right=0))
     _check(kernels, Call(q, k, v, torch.randn(2, 1, 20, 100), sequences=table, window_right=0))
@@ -289,7 +248,7 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("width", [64, 256])
 def test_what_is_not_seen_reaches_no_gradient(kernels: ctypes.CDLL, width: int, bad: float) -> None:
-    q, k, v = _tensors(1, (1, 1), 40, 60, (width, width), torch.bfloat16)
+    q, k, v = tensors(1, (1, 1), 40, 60, (width, width), torch.bfloat16)
     upstream = torch.randn(q.shape).to(q.dtype), torch.randn(q.shape[:3])
     mask = torch.ones(1, 1, 40, 60, dtype=torch.bool)
     mask[..., 45:50] = False

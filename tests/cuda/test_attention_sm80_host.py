@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn.reference.attention import masked_attention
-from tests.cuda.attention_call import Call, Dropout, fill
+from tests.cuda.attention_call import Call, fill, reference, tensors
 from tests.cuda.host import compiled
 from tests.tolerance import assert_accurate
 
 DTYPES = [torch.bfloat16, torch.float16]
-RNG_STATE = torch.tensor([0x0123456789ABCDEF, 77])
 
 
 @pytest.fixture(scope="module")
@@ -33,36 +31,16 @@ def _run(kernels: ctypes.CDLL, call: Call, dropout_p: float) -> tuple[Tensor, Te
     if packed:  # as the operator does
         out.zero_()
         lse.fill_(-math.inf)
-    p = fill(call, out, lse)
-    if dropout_p:
-        p.dropout = Dropout(int(RNG_STATE[0]), int(RNG_STATE[1]), int(dropout_p * 2**32), 1 / (1 - dropout_p))
-        p.dropout_scale = 1 / (1 - dropout_p)
+    p = fill(call, out, lse, dropout_p)
     kernels.attention_sm80_forward(ctypes.byref(p))
     return out, lse
 
 
-def _reference(call: Call, dtype: torch.dtype, dropout_p: float) -> tuple[Tensor, Tensor]:
-    def cast(x: Tensor | None) -> Tensor | None:
-        return x.to(dtype) if x is not None and x.is_floating_point() else x
-
-    *tensors, scale, left, right, diagonal, softcap, sequences, table = call
-    return masked_attention(
-        *map(cast, tensors), softmax_scale=scale, window_left=left, window_right=right, diagonal=diagonal,
-        softcap=softcap, dropout_p=dropout_p, rng_state=RNG_STATE, sequences=sequences, block_table=table,
-    )  # fmt: skip
-
-
 def _check(kernels: ctypes.CDLL, call: Call, dropout_p: float = 0.0) -> None:
     actual = _run(kernels, call, dropout_p)
-    plain, exact = (_reference(call, dtype, dropout_p) for dtype in (call.q.dtype, torch.float64))
+    plain, exact = (reference(call, dtype, dropout_p) for dtype in (call.q.dtype, torch.float64))
     for name, ours, peer, true in zip(("out", "lse"), actual, plain, exact, strict=True):
         assert_accurate(ours, peer, true, name, terms=call.k.shape[2])
-
-
-def _tensors(batch: int, heads: tuple[int, int], rows: int, keys: int, dims: tuple[int, int], dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    torch.manual_seed(rows * keys + dims[0])
-    shapes = (batch, heads[0], rows, dims[0]), (batch, heads[1], keys, dims[0]), (batch, heads[1], keys, dims[1])
-    return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
 # (heads, key heads), rows, keys, (D, Dv), causal: every width of tile; two tiles of rows, the ring around; rows that are not
@@ -83,7 +61,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(kernels: ctypes.CDLL, shape: tuple, dtype: torch.dtype) -> None:  # type: ignore[type-arg]
     heads, rows, keys, dims, causal = shape
-    q, k, v = _tensors(2 if rows < 40 else 1, heads, rows, keys, dims, dtype)
+    q, k, v = tensors(2 if rows < 40 else 1, heads, rows, keys, dims, dtype)
     window = {"window_right": 0, "diagonal": keys - rows} if causal else {}
     _check(kernels, Call(q, k, v, softmax_scale=dims[0] ** -0.5, **window))
 
@@ -101,14 +79,14 @@ OPTIONS = {
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(kernels: ctypes.CDLL, option: str, width: int) -> None:
-    q, k, v = _tensors(2, (2, 1), 70, 95, (width, width), torch.bfloat16)
+    q, k, v = tensors(2, (2, 1), 70, 95, (width, width), torch.bfloat16)
     _check(kernels, Call(q, k, v, **OPTIONS[option]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["bool", "additive", "float32 of keys", "transposed"])
 def test_masks(kernels: ctypes.CDLL, form: str, dtype: torch.dtype) -> None:
-    q, k, v = _tensors(2, (2, 1), 70, 95, (64, 48), dtype)
+    q, k, v = tensors(2, (2, 1), 70, 95, (64, 48), dtype)
     mask = {
         "bool": torch.rand(2, 1, 70, 95) > 0.5,
         "additive": torch.randn(1, 2, 70, 95).to(dtype).masked_fill(torch.rand(70, 95) > 0.9, -math.inf),
@@ -120,14 +98,14 @@ def test_masks(kernels: ctypes.CDLL, form: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_dropout_is_the_reference_s(kernels: ctypes.CDLL, width: int) -> None:
-    q, k, v = _tensors(2, (4, 2), 70, 95, (width, width), torch.float16)
+    q, k, v = tensors(2, (4, 2), 70, 95, (width, width), torch.float16)
     _check(kernels, Call(q, k, v, window_right=0, diagonal=25), dropout_p=0.3)
 
 
 @pytest.mark.parametrize("rows", [6, 70])
 def test_strides(kernels: ctypes.CDLL, rows: int) -> None:
     """(batch, rows, heads, channels), a slice with rows of odd length, and keys that all batches share."""
-    q, k, v = _tensors(2, (4, 2), rows, 80, (64, 64), torch.float16)
+    q, k, v = tensors(2, (4, 2), rows, 80, (64, 64), torch.float16)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.full((2, 2, 80, 67), math.nan, dtype=torch.float16)
     wide[..., 1:65] = v
@@ -136,22 +114,22 @@ def test_strides(kernels: ctypes.CDLL, rows: int) -> None:
 
 def test_sequences(kernels: ctypes.CDLL) -> None:
     """Packed, one of them empty, one without keys, and rows behind the last; and batched with lengths of their own."""
-    q, k, v = _tensors(1, (4, 2), 210, 200, (64, 64), torch.bfloat16)
+    q, k, v = tensors(1, (4, 2), 210, 200, (64, 64), torch.bfloat16)
     table = torch.tensor([[0, 90, 0, 100, 10], [90, 0, 100, 5, 0], [90, 15, 105, 0, 0], [105, 100, 105, 80, -20]])
     _check(kernels, Call(q, k, v, sequences=table, window_right=0))
     _check(kernels, Call(q, k, v, sequences=table, softcap=5.0))
-    q, k, v = _tensors(2, (4, 2), 20, 100, (64, 64), torch.bfloat16)
+    q, k, v = tensors(2, (4, 2), 20, 100, (64, 64), torch.bfloat16)
     _check(kernels, Call(q, k, v, sequences=torch.tensor([[0, 20, 0, 70, 50], [0, 20, 0, 0, 0]]), window_right=0))
 
 
 def test_packed_sequences_of_few_rows_are_another_kernels(kernels: ctypes.CDLL) -> None:
     """Without dropout they are attention_decode's; with it, or batched, they are not."""
-    q, k, v = _tensors(1, (2, 1), 17, 60, (64, 64), torch.bfloat16)
+    q, k, v = tensors(1, (2, 1), 17, 60, (64, 64), torch.bfloat16)
     call = Call(q, k, v, sequences=torch.tensor([[0, 8, 0, 30, 22], [8, 9, 30, 30, 21]]), window_right=0)
     _check(kernels, call, 0.2)
     out, lse = _run(kernels, call, 0.0)
     assert out[:, :, :8].eq(0).all() and lse[:, :, :8].eq(-math.inf).all()
-    plain, exact = (_reference(call, dtype, 0.0) for dtype in (q.dtype, torch.float64))
+    plain, exact = (reference(call, dtype, 0.0) for dtype in (q.dtype, torch.float64))
     assert_accurate(out[:, :, 8:], plain[0][:, :, 8:], exact[0][:, :, 8:], "out", terms=30)
     _check(kernels, Call(*(x[:, :, :8] for x in (q, k, v)), window_right=0))
 
@@ -159,7 +137,7 @@ def test_packed_sequences_of_few_rows_are_another_kernels(kernels: ctypes.CDLL) 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_seen_cannot_reach_a_row(kernels: ctypes.CDLL, bad: float, masked: bool) -> None:
-    q, k, v = _tensors(1, (1, 1), 70, 70, (64, 64), torch.bfloat16)
+    q, k, v = tensors(1, (1, 1), 70, 70, (64, 64), torch.bfloat16)
     mask = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril() if masked else None
     call = Call(q, k, v, attn_mask=mask) if masked else Call(q, k, v, window_right=0)
     clean, _ = _run(kernels, call, 0.0)

@@ -9,25 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn.reference.attention import masked_attention
-from tests.cuda.attention_call import AttentionParams, Call, fill
+from tests.cuda.attention_call import AttentionBackwardParams, AttentionParams, Call, fill, forward, projections
 from tests.cuda.host import compiled
 from tests.tolerance import assert_accurate
-
-
-class AttentionBackwardParams(AttentionParams):
-    """Of csrc/cpu/params.h."""
-
-    _fields_ = [  # noqa: RUF012
-        ("stage", ctypes.c_int),
-        ("dout", ctypes.c_void_p),
-        ("dout_stride", ctypes.c_int64 * 3),
-        *[(name, ctypes.c_void_p) for name in ("dlse", "dq", "dk", "dv")],
-        ("key_stride", ctypes.c_int64 * 2),
-        ("dmask", ctypes.c_void_p),
-        ("mask_extent", ctypes.c_int64 * 4),
-        *[(name, ctypes.c_void_p) for name in ("dslopes", "dsinks", "delta", "slope_rows")],
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +25,7 @@ def _reference(call: Call, dout: Tensor, dlse: Tensor, dtype: torch.dtype) -> tu
     """(gradients of q, k and v, lse, delta)."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in call[:3])
     sinks = call.sinks.to(dtype) if call.sinks is not None else None
-    out, lse = masked_attention(
-        q, k, v, None, None, sinks, softmax_scale=call.softmax_scale, window_left=call.window_left,
-        window_right=call.window_right, diagonal=call.diagonal, softcap=0.0, dropout_p=0.0, rng_state=None,
-        sequences=call.sequences,
-    )  # fmt: skip
+    out, lse = forward(call._replace(q=q, k=k, v=v, sinks=sinks))
     dlse = dlse.to(lse.dtype).masked_fill(lse.isinf(), 0)
     grads = torch.autograd.grad([out, lse], [q, k, v], [dout.to(dtype), dlse])
     return list(grads), lse.detach(), ((dout.to(lse.dtype) * out).sum(-1) - dlse).detach()
@@ -77,20 +57,6 @@ def _check(kernels: ctypes.CDLL, call: Call, late_copies: bool = False) -> None:
         assert_accurate(ours, peer, true, name, terms=max(call.q.shape[2], call.k.shape[2]))
 
 
-def _tensors(
-    heads: tuple[int, int],
-    rows: int,
-    keys: int,
-    dims: tuple[int, int],
-    dtype: torch.dtype = torch.bfloat16,
-    batch: int = 1,
-) -> list[Tensor]:
-    """q, k and v in the memory order (batch, rows, heads, channels)."""
-    torch.manual_seed(rows * keys + dims[0])
-    shapes = ((rows, heads[0], dims[0]), (keys, heads[1], dims[0]), (keys, heads[1], dims[1]))
-    return [torch.randn(batch, *shape).to(dtype).transpose(1, 2) for shape in shapes]
-
-
 @pytest.mark.parametrize("late", [False, True], ids=["late-products", "late-copies"])
 @pytest.mark.parametrize(
     ("heads", "rows", "keys", "dims", "dtype"),
@@ -111,12 +77,12 @@ def test_every_tile(
     dtype: torch.dtype,
     late: bool,
 ) -> None:
-    q, k, v = _tensors(heads, rows, keys, dims, dtype, batch=2)
+    q, k, v = projections(heads, rows, keys, dims, dtype, batch=2)
     _check(kernels, Call(q, k, v, softmax_scale=dims[0] ** -0.5), late)
 
 
 def test_windows(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors((2, 1), 200, 260, (64, 64))
+    q, k, v = projections((2, 1), 200, 260, (64, 64))
     for window in (
         {"window_right": 0, "diagonal": 60},
         {"window_left": 70, "window_right": 3, "diagonal": 30},
@@ -131,7 +97,7 @@ def test_windows(kernels: ctypes.CDLL) -> None:
 def test_sequences(kernels: ctypes.CDLL) -> None:
     # Packed: one without rows, one without keys; what lies between them is no one's.
     extents = [(0, 70, 0, 150, 80), (70, 0, 150, 20, 0), (70, 130, 170, 0, 0), (200, 90, 175, 140, 50)]
-    q, k, v = _tensors((2, 1), 300, 330, (64, 64))
+    q, k, v = projections((2, 1), 300, 330, (64, 64))
     for late in (False, True):
         call = Call(q, k, v, softmax_scale=0.125, window_right=0, sequences=torch.tensor(extents))
         _check(kernels, call, late)
@@ -139,8 +105,8 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
 
 def test_what_others_take(kernels: ctypes.CDLL) -> None:
     dout, dlse = torch.randn(1, 1, 10, 64).bfloat16(), torch.zeros(1, 1, 10)
-    q, k, v = _tensors((1, 1), 10, 10, (64, 64))
+    q, k, v = projections((1, 1), 10, 10, (64, 64))
     assert _run(kernels, Call(q, k, v), dout, dlse, False) is not None
     assert _run(kernels, Call(q, k, v, softcap=3.0), dout, dlse, False) is None
-    wide = _tensors((1, 1), 10, 10, (192, 64))
+    wide = projections((1, 1), 10, 10, (192, 64))
     assert _run(kernels, Call(*wide), dout, dlse, False) is None

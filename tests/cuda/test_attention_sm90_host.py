@@ -16,12 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn.reference.attention import masked_attention
-from tests.cuda.attention_call import AttentionParams, Call, Dropout, fill
+from tests.cuda.attention_call import AttentionParams, Call, fill, projections, reference
 from tests.cuda.host import compiled
 from tests.tolerance import assert_accurate
-
-RNG_STATE = torch.tensor([0x0123456789ABCDEF, 77])
 
 
 @pytest.fixture(scope="module")
@@ -49,45 +46,16 @@ def _run(kernels: ctypes.CDLL, call: Call, how: Run) -> tuple[Tensor, Tensor] | 
     if call.sequences is not None and q.shape[0] == 1:  # rows that are no sequence's, as the operator leaves them
         out.zero_()
         lse.fill_(-math.inf)
-    p = fill(call, out, lse)
-    if how.dropout_p:
-        seed, offset = RNG_STATE.tolist()
-        p.dropout = Dropout(seed, offset, int(how.dropout_p * 2**32), 1 / (1 - how.dropout_p))
-        p.dropout_scale = 1 / (1 - how.dropout_p)
+    p = fill(call, out, lse, how.dropout_p)
     return (out, lse) if kernels.attention_sm90_forward(ctypes.byref(p), how.blocks, how.late_copies) else None
-
-
-def _reference(call: Call, dtype: torch.dtype, dropout_p: float) -> tuple[Tensor, Tensor]:
-    def cast(x: Tensor | None) -> Tensor | None:
-        return x.to(dtype) if x is not None and x.is_floating_point() else x
-
-    *tensors, scale, left, right, diagonal, softcap, sequences, table = call
-    return masked_attention(
-        *map(cast, tensors), softmax_scale=scale, window_left=left, window_right=right, diagonal=diagonal, softcap=softcap,
-        dropout_p=dropout_p, rng_state=RNG_STATE, sequences=sequences, block_table=table,
-    )  # fmt: skip
 
 
 def _check(kernels: ctypes.CDLL, call: Call, how: Run = Run()) -> None:  # noqa: B008
     actual = _run(kernels, call, how)
     assert actual is not None, "not taken"
-    plain, exact = (_reference(call, dtype, how.dropout_p) for dtype in (call.q.dtype, torch.float64))
+    plain, exact = (reference(call, dtype, how.dropout_p) for dtype in (call.q.dtype, torch.float64))
     for name, ours, peer, true in zip(("out", "lse"), actual, plain, exact, strict=True):
         assert_accurate(ours, peer, true, name, terms=call.k.shape[2])
-
-
-def _tensors(
-    heads: tuple[int, int],
-    rows: int,
-    keys: int,
-    dims: tuple[int, int],
-    dtype: torch.dtype = torch.bfloat16,
-    batch: int = 1,
-) -> list[Tensor]:
-    """q, k and v in the memory order (batch, rows, heads, channels)."""
-    torch.manual_seed(rows * keys + dims[0])
-    shapes = ((rows, heads[0], dims[0]), (keys, heads[1], dims[0]), (keys, heads[1], dims[1]))
-    return [torch.randn(batch, *shape).to(dtype).transpose(1, 2) for shape in shapes]
 
 
 # Every tile; heads narrower than it, values and keys of other widths, tails of rows, keys and channels.
@@ -107,20 +75,20 @@ def _tensors(
 def test_every_tile(
     kernels: ctypes.CDLL, rows: int, keys: int, dims: tuple[int, int], dtype: torch.dtype, late: bool
 ) -> None:
-    q, k, v = _tensors((1, 1), rows, keys, dims, dtype)
+    q, k, v = projections((1, 1), rows, keys, dims, dtype)
     _check(kernels, Call(q, k, v, softmax_scale=dims[0] ** -0.5), Run(late_copies=late))
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["late-products", "late-copies"])
 def test_windows_over_several_tiles_of_a_block(kernels: ctypes.CDLL, late: bool) -> None:
-    q, k, v = _tensors((2, 1), 300, 420, (64, 64))
+    q, k, v = projections((2, 1), 300, 420, (64, 64))
     sinks = torch.randn(2)
     for window in ({"window_right": 0, "diagonal": 120}, {"window_left": 100, "window_right": 3, "diagonal": 60}):
         _check(kernels, Call(q, k, v, softmax_scale=0.125, sinks=sinks, **window), Run(blocks=1, late_copies=late))
 
 
 def test_everything_that_touches_a_score(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors((4, 2), 20, 150, (24, 24), batch=2)
+    q, k, v = projections((4, 2), 20, 150, (24, 24), batch=2)
     slopes, sinks = torch.rand(2, 4), torch.randn(4)
     common = {"softmax_scale": 0.3, "diagonal": 130}
     _check(kernels, Call(q, k, v, alibi_slopes=slopes, softcap=2.0, sinks=sinks, window_right=0, **common))
@@ -136,12 +104,12 @@ def test_everything_that_touches_a_score(kernels: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("dims", [(128, 128), (192, 192), (256, 256)], ids=str)
 def test_general_scores_in_every_tile(kernels: ctypes.CDLL, dims: tuple[int, int]) -> None:
-    q, k, v = _tensors((1, 1), 70, 140, dims)
+    q, k, v = projections((1, 1), 70, 140, dims)
     _check(kernels, Call(q, k, v, softcap=5.0, softmax_scale=0.1), Run(late_copies=True))
 
 
 def test_few_rows_take_the_heads_of_a_key_head_together(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors((8, 2), 21, 140, (64, 64), batch=2)
+    q, k, v = projections((8, 2), 21, 140, (64, 64), batch=2)
     _check(kernels, Call(q, k, v, softmax_scale=0.125, window_right=0, diagonal=119))
     slopes = torch.rand(1, 8)
     _check(kernels, Call(q, k, v, softmax_scale=0.125, alibi_slopes=slopes), Run(dropout_p=0.2))
@@ -151,13 +119,13 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
     # Packed: one without rows, one without keys; what lies between them is no one's.
     extents = [(0, 70, 0, 150, 80), (70, 0, 150, 20, 0), (70, 130, 170, 0, 0), (200, 90, 175, 140, 50)]
     sequences = torch.tensor(extents)
-    q, k, v = _tensors((2, 1), 300, 330, (64, 64))
+    q, k, v = projections((2, 1), 300, 330, (64, 64))
     k[:, :, 170:175], v[:, :, 170:175] = math.nan, math.nan
     for options in ({"window_right": 0}, {"softcap": 3.0}):
         for late in (False, True):
             _check(kernels, Call(q, k, v, softmax_scale=0.125, sequences=sequences, **options), Run(late_copies=late))
     # A cache whose sequences have unequal lengths: what is beyond them may be anything.
-    q, k, v = _tensors((2, 1), 17, 200, (128, 128), batch=2)
+    q, k, v = projections((2, 1), 17, 200, (128, 128), batch=2)
     lengths = [131, 64]
     for b, length in enumerate(lengths):
         k[b, :, length:], v[b, :, length:] = math.nan, math.nan
@@ -166,14 +134,14 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
 
 
 def test_keys_that_no_row_sees_may_hold_anything(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors((1, 1), 40, 200, (64, 64))
+    q, k, v = projections((1, 1), 40, 200, (64, 64))
     for unseen in (slice(0, 30), slice(190, 200)):
         k[:, :, unseen], v[:, :, unseen] = math.nan, math.nan
     _check(kernels, Call(q, k, v, softmax_scale=0.125, window_left=50, window_right=70, diagonal=80))
 
 
 def test_rows_that_see_nothing(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors((2, 2), 200, 40, (64, 64))
+    q, k, v = projections((2, 2), 200, 40, (64, 64))
     actual = _run(kernels, Call(q, k, v, window_right=0, diagonal=-195), Run())
     assert actual is not None
     out, lse = actual
@@ -182,8 +150,8 @@ def test_rows_that_see_nothing(kernels: ctypes.CDLL) -> None:
 
 
 def test_what_tma_cannot_read_is_not_taken(kernels: ctypes.CDLL) -> None:
-    q, k, v = _tensors((1, 1), 10, 10, (64, 64))
-    assert _run(kernels, Call(*_tensors((1, 1), 10, 10, (36, 36))), Run()) is None
+    q, k, v = projections((1, 1), 10, 10, (64, 64))
+    assert _run(kernels, Call(*projections((1, 1), 10, 10, (36, 36))), Run()) is None
     assert _run(kernels, Call(q, k[..., :1, :].expand_as(k), v), Run()) is None
     wide = torch.randn(1, 1, 10, 72).to(q.dtype)
     assert _run(kernels, Call(q, wide[..., 4:68], v), Run()) is None
