@@ -20,16 +20,19 @@
 namespace fastattn {
 namespace cuda {
 
-template <int kHeadDim, bool kOwnsKeys>
+template <int kHeadDim, bool kOwnsKeys, int kPassing = 64>
 struct AttentionSm90BackwardTile {
   static constexpr int kD = kHeadDim, kColumns = (kD + 63) / 64;
   static constexpr bool kForKeys = kOwnsKeys;
   static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kLines = 64 * kConsumers;
-  static constexpr int kKeys = 64, kStages = 2;                                                // passing lines
-  static constexpr int kQueryBox = 64 * 128, kKeyBox = 64 * 128, kBytes = kColumns * kKeyBox;  // of 64 lines
+  static constexpr int kKeys = kPassing, kStages = 2;  // passing lines of a block
+  // 64 channels of a warpgroup's lines, of a block's passing ones.
+  static constexpr int kQueryBox = 64 * 128, kKeyBox = kKeys * 128;
+  static constexpr int kOwnedBytes = kColumns * kQueryBox, kPassingBytes = kColumns * kKeyBox;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   // The owned lines of both tensors, then stages of the passing ones, then barriers.
-  static constexpr int kRing = 2 * kConsumers * kBytes, kBarriers = kRing + 2 * kStages * kBytes;
+  static constexpr int kRing = 2 * kConsumers * kOwnedBytes;
+  static constexpr int kBarriers = kRing + 2 * kStages * kPassingBytes;
   static constexpr int kSharedBytes = kBarriers + (1 + 2 * kStages) * 8;
 };
 
@@ -47,10 +50,10 @@ struct AttentionSm90BackwardMaps {
 template <class Tile>
 struct AttentionSm90BackwardMemory {
   static __device__ char* owned(int tensor, int consumer) {
-    return dynamic_shared() + (tensor * Tile::kConsumers + consumer) * Tile::kBytes;
+    return dynamic_shared() + (tensor * Tile::kConsumers + consumer) * Tile::kOwnedBytes;
   }
   static __device__ char* passing(int tensor, int stage) {
-    return dynamic_shared() + Tile::kRing + (stage * 2 + tensor) * Tile::kBytes;
+    return dynamic_shared() + Tile::kRing + (stage * 2 + tensor) * Tile::kPassingBytes;
   }
   static __device__ uint64_t* barrier(int index) {
     return reinterpret_cast<uint64_t*>(dynamic_shared() + Tile::kBarriers) + index;
@@ -90,7 +93,7 @@ struct AttentionSm90BackwardWork {
     if (work.first >= work.lines) return work;
     const int last = work.first + Tile::kLines < work.lines ? work.first + Tile::kLines - 1 : work.lines - 1;
     work.seen = {work.template seen_by<Tile>(p, work.first).begin, work.template seen_by<Tile>(p, last).end};
-    work.blocks = blocks_of_keys<64>(work.seen);
+    work.blocks = blocks_of_keys<Tile::kKeys>(work.seen);
     return work;
   }
 
@@ -111,14 +114,14 @@ __device__ inline void attention_sm90_backward_produce(const AttentionSm90Backwa
   const int batch = Tile::kForKeys ? k_batch : q_batch, passing_batch = Tile::kForKeys ? q_batch : k_batch;
   const TensorMap* const owned[2] = {Tile::kForKeys ? &maps.k : &maps.q, Tile::kForKeys ? &maps.v : &maps.dout};
   const TensorMap* const passing[2] = {Tile::kForKeys ? &maps.q : &maps.k, Tile::kForKeys ? &maps.dout : &maps.v};
-  mbarrier_arrive_expect(Memory::ready(), 2 * Tile::kConsumers * Tile::kBytes);
+  mbarrier_arrive_expect(Memory::ready(), 2 * Tile::kConsumers * Tile::kOwnedBytes);
 #pragma unroll 1
   for (int box = 0; box < Tile::kConsumers * Tile::kColumns; ++box) {
     const int consumer = box / Tile::kColumns, column = box % Tile::kColumns;
     const int line = work.start + work.first + 64 * consumer;
 #pragma unroll
     for (int tensor = 0; tensor < 2; ++tensor) {
-      tma_load_5d(Memory::owned(tensor, consumer) + column * Tile::kKeyBox, *owned[tensor], Memory::ready(),
+      tma_load_5d(Memory::owned(tensor, consumer) + column * Tile::kQueryBox, *owned[tensor], Memory::ready(),
                   column * 64, 0, line, work.head, batch);
     }
   }
@@ -128,13 +131,15 @@ __device__ inline void attention_sm90_backward_produce(const AttentionSm90Backwa
 #pragma unroll 1
     for (int block = work.blocks.begin; block < work.blocks.end; ++block, place.next()) {
       mbarrier_wait(Memory::empty(place.stage), place.phase ^ 1);
-      mbarrier_arrive_expect(Memory::full(place.stage), 2 * Tile::kBytes);
+      mbarrier_arrive_expect(Memory::full(place.stage), 2 * Tile::kPassingBytes);
 #pragma unroll 1
-      for (int column = 0; column < Tile::kColumns; ++column) {
+      for (int box = 0; box < Tile::kPassingBytes / Tile::kQueryBox; ++box) {
+        constexpr int kBoxes = Tile::kKeys / 64;
+        const int line = work.passing_start + block * Tile::kKeys + box % kBoxes * 64;
 #pragma unroll
         for (int tensor = 0; tensor < 2; ++tensor) {
-          tma_load_5d(Memory::passing(tensor, place.stage) + column * Tile::kKeyBox, *passing[tensor],
-                      Memory::full(place.stage), column * 64, 0, work.passing_start + block * 64, head, passing_batch);
+          tma_load_5d(Memory::passing(tensor, place.stage) + box * Tile::kQueryBox, *passing[tensor],
+                      Memory::full(place.stage), box / kBoxes * 64, 0, line, head, passing_batch);
         }
       }
     }
@@ -180,10 +185,10 @@ struct AttentionSm90BackwardConsumer {
 
   // Passing lines that no owned one sees: whatever they hold is multiplied by zeros.
   __device__ void zero_unseen(int first, int stage) const {
-    if (first >= work.seen.begin && first + 64 <= zero_from) return;
+    if (first >= work.seen.begin && first + Tile::kKeys <= zero_from) return;
     const int thread = static_cast<int>(threadIdx.x) % 128;
 #pragma unroll 1
-    for (int i = thread / 8; i < 64; i += 16) {
+    for (int i = thread / 8; i < Tile::kKeys; i += 16) {
       if (first + i >= work.seen.begin && first + i < zero_from) continue;
 #pragma unroll 1
       for (int box = 0; box < 2 * Tile::kColumns; ++box) {
@@ -195,18 +200,18 @@ struct AttentionSm90BackwardConsumer {
     named_barrier_sync(1 + consumer, 128);
   }
 
-  static __device__ void pack(const float (&x)[32], uint32_t (&pairs)[16]) {
+  static __device__ void pack(const float (&x)[Tile::kKeys / 2], uint32_t (&pairs)[Tile::kKeys / 4]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) pairs[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < Tile::kKeys / 4; ++i) pairs[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
   }
 
   // s in, weights out; dp in, ds out.
-  __device__ void weigh(int head, int first, float (&s)[32], float (&dp)[32]) const {
-    if (first < all.begin || first + 64 > all.end) hide_unseen(s, seen, first);
+  __device__ void weigh(int head, int first, float (&s)[Tile::kKeys / 2], float (&dp)[Tile::kKeys / 2]) const {
+    if (first < all.begin || first + Tile::kKeys > all.end) hide_unseen(s, seen, first);
     const float unit = PlainScores::unit(p);
     if constexpr (Tile::kForKeys) {
 #pragma unroll
-      for (int i = 0; i < 32; i += i % 4 == 1 ? 3 : 1) {
+      for (int i = 0; i < Tile::kKeys / 2; i += i % 4 == 1 ? 3 : 1) {
         const RowSums sums = row_sums(head, first + i / 4 * 8 + static_cast<int>(threadIdx.x % 4 * 2) + i % 2);
 #pragma unroll
         for (int j = i; j < i + 4; j += 2) {
@@ -217,7 +222,7 @@ struct AttentionSm90BackwardConsumer {
     } else {
       const RowSums sums[2] = {row_sums(work.head, line(0)), row_sums(work.head, line(1))};
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
+      for (int i = 0; i < Tile::kKeys / 2; ++i) {
         s[i] = exp2_fast(fmaf(s[i], unit, -sums[i / 2 % 2].lse));
         dp[i] = s[i] == 0 ? 0.0f : s[i] * (dp[i] - sums[i / 2 % 2].delta);
       }
@@ -233,16 +238,16 @@ struct AttentionSm90BackwardConsumer {
     for (int head = work.passing_head; head < work.passing_head + work.heads; ++head) {
 #pragma unroll 1
       for (int block = work.blocks.begin; block < work.blocks.end; ++block, place.next()) {
-        float s[32], dp[32];
-        uint32_t weights[16], gradients[16];
+        float s[Tile::kKeys / 2], dp[Tile::kKeys / 2];
+        uint32_t weights[Tile::kKeys / 4], gradients[Tile::kKeys / 4];
         mbarrier_wait(Memory::full(place.stage), place.phase);
-        zero_unseen(block * 64, place.stage);
+        zero_unseen(block * Tile::kKeys, place.stage);
         attention_sm90_scores<T, Tile>(s, Memory::owned(0, consumer), Memory::passing(0, place.stage));
         attention_sm90_scores<T, Tile>(dp, Memory::owned(1, consumer), Memory::passing(1, place.stage));
         wgmma_wait<0>();
         wgmma_fence_sums(s);
         wgmma_fence_sums(dp);
-        weigh(head, block * 64, s, dp);
+        weigh(head, block * Tile::kKeys, s, dp);
         if constexpr (Tile::kForKeys) {
           pack(s, weights);
           attention_sm90_values<T, Tile>(second_sum, weights, Memory::passing(1, place.stage));
