@@ -201,8 +201,9 @@ for threads in (1, 2, 2, 1):
     torch.set_num_threads(threads)
     try:
         fastattn.attention(q, long, long, implementation="cpu")
-    except MemoryError:
-        pass
+    except (MemoryError, RuntimeError) as error:
+        # From 2.15 on torch makes a RuntimeError of every exception that leaves an operator.
+        assert isinstance(error, MemoryError) or "std::bad_alloc" in str(error), error
     else:
         raise SystemExit("no error")
     assert torch.equal(fastattn.attention(q, k, k, causal=True, implementation="cpu"), before)

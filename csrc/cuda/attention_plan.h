@@ -21,7 +21,6 @@ inline ForwardPlan plan_forward(const AttentionParams& p, bool sequences, bool q
   if (p.dtype == DType::kFloat64) refusal = "float64: the CUDA kernels accumulate in float32";
   if (std::max(p.head_dim, p.head_dim_v) > 256) refusal = "head_dim is over 256";
   if (tiles && p.dtype == DType::kFloat32) refusal = "float32 of more than 8 query rows, or with dropout";
-  if (tiles && p.block_table != nullptr) refusal = "pages for more than 8 query rows, or with dropout";
   return {refusal, sequences && (tiles || q_packed || p.batch == 0), tiles, decodes};
 }
 

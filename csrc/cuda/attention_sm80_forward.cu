@@ -13,6 +13,8 @@ void launch_attention_sm80_forward(const AttentionParams& p, const StreamLaunch&
 #define FASTATTN_FORWARD(T, kD)                                                 \
   template __global__ void attention_sm80_forward_kernel<T, kD, PlainScores>(   \
       const __grid_constant__ AttentionSm80Call);                               \
+  template __global__ void attention_sm80_forward_kernel<T, kD, PagedScores>(   \
+      const __grid_constant__ AttentionSm80Call);                               \
   template __global__ void attention_sm80_forward_kernel<T, kD, GeneralScores>( \
       const __grid_constant__ AttentionSm80Call)
 #define FASTATTN_FORWARDS(T) \

@@ -21,6 +21,9 @@
 namespace fastattn {
 namespace cuda {
 
+// Plain scores of keys that lie in pages; the general ones look where they do.
+struct PagedScores : PlainScores {};
+
 struct AttentionSm80Call : AttentionParams {
   AttentionTiling tiling;
   bool q_aligned, k_aligned, v_aligned, out_aligned;
@@ -40,6 +43,7 @@ template <class T, int kD, class Scores>
 struct ForwardSm80Block {
   using Shape = ForwardSm80<kD, Scores::kGeneral>;
   static constexpr int kSlices = Shape::kSlices, kKeys = Shape::kKeys, kSlots = Shape::kSlots;
+  static constexpr bool kPages = !std::is_same_v<Scores, PlainScores>;
 
   const AttentionSm80Call& p;
   const AttentionTile& tile;
@@ -84,16 +88,28 @@ struct ForwardSm80Block {
 
   __device__ char* slot(int index) const { return shared + Shape::kQueryBytes + index * Shape::kSlotBytes; }
 
+  // Where key `key` of the tile's sequence lies in a head of the pages.
+  __device__ int64_t in_pages(int key, const int64_t* stride) const {
+    const int size = static_cast<int>(p.page_size);
+    const int64_t page = p.block_table[tile.batch * p.max_pages + key / size];
+    return page * stride[0] + key % size * stride[2];
+  }
+
   // Keys (item even) or values of key block item / 2.
   __device__ void load_item(int item, int into, int end) const {
     if (item < 2 * end) {
       const bool value = item % 2 != 0;
       const int head = tile.group * p.tiling.pack / static_cast<int>(p.heads / p.heads_kv);
       const int64_t* stride = value ? p.v_stride : p.k_stride;
-      const T* x = static_cast<const T*>(value ? p.v : p.k) + tile.batch * stride[0] + head * stride[1] +
-                   tile.k_begin * stride[2];
+      const T* x = static_cast<const T*>(value ? p.v : p.k) + head * stride[1];
+      const bool paged = kPages && p.block_table != nullptr;
+      if (!paged) x += tile.batch * stride[0] + tile.k_begin * stride[2];
       const int first = item / 2 * kKeys;
-      const auto row = [&](int r) -> const T* { return first + r < tile.keys ? x + (first + r) * stride[2] : nullptr; };
+      const auto row = [&](int r) -> const T* {
+        const int key = first + r;
+        if (key >= tile.keys) return nullptr;
+        return paged ? x + in_pages(key, stride) : x + key * stride[2];
+      };
       Tile<T, kKeys, kD>::template load<Shape::kThreads>(slot(into), x, row, value ? p.head_dim_v : p.head_dim,
                                                          value ? p.v_aligned : p.k_aligned);
     }
@@ -213,11 +229,12 @@ void launch_attention_sm80_forward(const AttentionParams& params, const Launch& 
 
 template <class T, int kD, class Launch>
 void launch_attention_sm80_forward(const AttentionParams& p, const Launch& launch) {
-  if (PlainScores::takes(p)) return launch_attention_sm80_forward<T, kD, PlainScores>(p, launch);
-  launch_attention_sm80_forward<T, kD, GeneralScores>(p, launch);
+  if (!PlainScores::takes(p)) return launch_attention_sm80_forward<T, kD, GeneralScores>(p, launch);
+  if (p.block_table != nullptr) return launch_attention_sm80_forward<T, kD, PagedScores>(p, launch);
+  launch_attention_sm80_forward<T, kD, PlainScores>(p, launch);
 }
 
-// float16 or bfloat16, up to 256 channels, no pages; rows that are no sequence's are left as they are.
+// float16 or bfloat16, up to 256 channels; rows that are no sequence's are left as they are.
 template <class T, class Launch>
 void launch_attention_sm80_forward(const AttentionParams& p, const Launch& launch) {
   if (p.batch == 0 || p.heads == 0 || p.rows == 0) return;

@@ -387,9 +387,7 @@ def _attend(
         sinks = _check_per_head("sinks", sinks, q, ((q.shape[1],),)).to(accumulate)
 
     why_not = {
-        "cuda": lambda: _cuda_why_not(
-            q, v, options, block_table is not None, wants_gradient(q, k, v, attn_mask, alibi_slopes, sinks)
-        ),
+        "cuda": lambda: _cuda_why_not(q, v, options, wants_gradient(q, k, v, attn_mask, alibi_slopes, sinks)),
         "cpu": lambda: None,
         "triton": lambda: _triton_why_not(q, k, v),
     }
@@ -429,7 +427,7 @@ def _triton_why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return _too_wide(q, v) or triton_why_not(q, k, v)
 
 
-def _cuda_why_not(q: Tensor, v: Tensor, options: _Options, paged: bool, gradient: bool) -> str | None:
+def _cuda_why_not(q: Tensor, v: Tensor, options: _Options, gradient: bool) -> str | None:
     """Why ``csrc/cuda/attention.cu`` does not take a call, or None."""
     if q.dtype == torch.float64:
         return "float64 (CUDA kernels accumulate in float32)"
@@ -437,11 +435,8 @@ def _cuda_why_not(q: Tensor, v: Tensor, options: _Options, paged: bool, gradient
         return reason
     if gradient and q.dtype == torch.float32:
         return "gradients of float32 (tensor cores multiply 16-bit values)"
-    if options.dropout_p > 0 or q.shape[2] > _FEW_ROWS:
-        if q.dtype == torch.float32:
-            return f"float32 of more than {_FEW_ROWS} query rows, or with dropout (tensor cores multiply 16-bit values)"
-        if paged:
-            return f"a paged cache read by more than {_FEW_ROWS} query rows"
+    if q.dtype == torch.float32 and (options.dropout_p > 0 or q.shape[2] > _FEW_ROWS):
+        return f"float32 of more than {_FEW_ROWS} query rows, or with dropout (tensor cores multiply 16-bit values)"
     return None
 
 

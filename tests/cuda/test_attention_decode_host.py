@@ -243,19 +243,16 @@ def test_which_kernels_take_a_call(kernels: ctypes.CDLL) -> None:
 def test_the_rung_refuses_what_the_kernels_refuse(kernels: ctypes.CDLL) -> None:
     module = importlib.import_module("fastattn.ops.attention")
     refused = set()
-    for dtype, rows, p, paged, dims in itertools.product(
-        (*DTYPES, torch.float64), (1, 8, 9), (0.0, 0.1), (False, True), ((64, 64), (257, 8), (8, 257), (256, 256))
+    for dtype, rows, p, dims in itertools.product(
+        (*DTYPES, torch.float64), (1, 8, 9), (0.0, 0.1), ((64, 64), (257, 8), (8, 257), (256, 256))
     ):
         q, v = (torch.empty(1, 1, rows, dim, dtype=dtype) for dim in dims)
-        table = torch.zeros(1, 1, dtype=torch.int32) if paged else None
-        call = fill(Call(q, q, v, block_table=table), v, v)
+        call = fill(Call(q, q, v), v, v)
         call.dropout.threshold = int(p * 2**32)
         options = module._Options(0.1, -1, -1, 0, 0.0, p)
-        reason = module._cuda_why_not(q, v, options, paged, False)
-        assert (kernels.forward_plan(ctypes.byref(call), paged, False) == 8) == (reason is not None)
+        reason = module._cuda_why_not(q, v, options, False)
+        assert (kernels.forward_plan(ctypes.byref(call), False, False) == 8) == (reason is not None)
         refused.add(reason)
         if reason is None:
-            assert kernels.has_gradients(ctypes.byref(call)) == (
-                module._cuda_why_not(q, v, options, paged, True) is None
-            )
-    assert len(refused) == 5 and None in refused
+            assert kernels.has_gradients(ctypes.byref(call)) == (module._cuda_why_not(q, v, options, True) is None)
+    assert len(refused) == 4 and None in refused

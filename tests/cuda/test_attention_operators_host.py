@@ -150,6 +150,19 @@ def test_a_paged_cache_that_grows(operators) -> None:
     assert_accurate(out, plain, exact, "out", terms=33)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_a_prompt_in_pages(operators, dropout_p: float) -> None:
+    q, k, v = _random(2, 4, 20, 64), _random(6, 2, 16, 64), _random(6, 2, 16, 64)
+    pages = torch.tensor([[4, 1, 0], [5, 2, 3]], dtype=torch.int32)
+    table = torch.tensor([[0, 20, 0, 40, 20], [0, 20, 0, 27, 7]])
+    tensors, options = (q, k, v, None, None, None), (0.2, -1, 0, 0, 0.0, dropout_p, RNG_STATE)
+    out, lse, _ = operators.attention_forward(*tensors, *options, table, pages)
+    assert torch.equal(out, operators.attention_inference(*tensors, *options, table, pages))
+    plain, exact = (_reference(tensors, options, dtype, table, pages) for dtype in (q.dtype, torch.float64))
+    for name, ours, peer, true in zip(("out", "lse"), (out, lse), plain, exact, strict=False):
+        assert_accurate(ours, peer, true, name, terms=40)
+
+
 def test_nothing_to_attend_to(operators) -> None:
     for batch, heads, rows, keys in [(0, 2, 20, 5), (1, 0, 20, 5), (1, 2, 0, 5), (1, 2, 20, 0)]:
         q, k, v = (torch.randn(batch, heads, n, 32).bfloat16() for n in (rows, keys, keys))

@@ -122,6 +122,26 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
     _check(kernels, Call(q, k, v, sequences=torch.tensor([[0, 20, 0, 70, 50], [0, 20, 0, 0, 0]]), window_right=0))
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=["plain", "general"])
+@pytest.mark.parametrize("page_size", [5, 16, 128])
+def test_pages_have_the_bits_of_a_contiguous_cache(kernels: ctypes.CDLL, page_size: int, options: dict) -> None:  # type: ignore[type-arg]
+    """Shuffled pages, NaN in what no sequence has: rows of 24 channels are aligned, those of 19 are not."""
+    lengths, count = (97, 130), -(-130 // page_size)
+    q, k, v = tensors(2, (4, 2), 20, count * page_size, (24, 19), torch.bfloat16)
+    table = torch.randperm(2 * count + 1)[: 2 * count].view(2, count).int()
+    pages = [torch.full((2 * count + 1, 2, page_size, x.shape[3]), math.nan, dtype=x.dtype) for x in (k, v)]
+    for x, paged in zip((k, v), pages, strict=True):
+        for sequence, length in enumerate(lengths):
+            x[sequence, :, length:] = math.nan
+            for i, page in enumerate(table[sequence].tolist()):
+                paged[page] = x[sequence, :, i * page_size : (i + 1) * page_size]
+    own = torch.tensor([[0, 20, 0, length, length - 20] for length in lengths])
+    call = Call(q, *pages, sequences=own, block_table=table, window_right=0, **options)
+    _check(kernels, call)
+    whole = _run(kernels, Call(q, k, v, sequences=own, window_right=0, **options), 0.0)
+    assert all(torch.equal(x, y) for x, y in zip(_run(kernels, call, 0.0), whole, strict=True))
+
+
 def test_packed_sequences_of_few_rows_are_another_kernels(kernels: ctypes.CDLL) -> None:
     """Without dropout they are attention_decode's; with it, or batched, they are not."""
     q, k, v = tensors(1, (2, 1), 17, 60, (64, 64), torch.bfloat16)

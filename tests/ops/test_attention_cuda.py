@@ -84,14 +84,6 @@ def test_full_tiles_take_16_bits(device: pytest.MonkeyPatch) -> None:
         assert _answer(*made) is _answer(*made, dropout_p=0.1) is None
 
 
-def test_pages_are_read_by_few_rows(device: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("fastattn.ops.attention")
-    for rows, reason in ((8, "None"), (9, "a paged cache read by more than 8 query rows")):
-        q, k, v = _tensors(rows)
-        options = module._options(q, None, True, (-1, -1), 0, 0.0, 0.0)
-        assert str(module._cuda_why_not(q, v, options, True, False)) == reason
-
-
 def test_gradients_are_of_16_bits(device: pytest.MonkeyPatch) -> None:
     q, k, v = _tensors()
     assert _answer(q.requires_grad_(), k, v) is None
