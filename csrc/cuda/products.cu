@@ -91,14 +91,14 @@ void Products::torch_product(const GemmCall& p, const MatrixProduct& product, co
   const Tensor result = view(out, p.M, p.N, p.N, 1, like_);
   const TorchProducts& torch = torch_products();
   if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch.addmm(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(torch.addmm(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
   } else if (bias != nullptr) {
     const int64_t size[1] = {p.N}, stride[1] = {1};
     const Tensor row =
         torch::stable::from_blob(const_cast<void*>(bias), {size, 1}, {stride, 1}, like_.device(), like_.scalar_type());
-    STABLE_TORCH_ERROR_CODE_CHECK(torch.addmm(result.get(), row.get(), left.get(), right.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(torch.addmm(result.get(), row.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch.mm(result.get(), left.get(), right.get()));
+    TORCH_ERROR_CODE_CHECK(torch.mm(result.get(), left.get(), right.get()));
   }
 }
 

@@ -96,9 +96,9 @@ namespace {
 
 Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef shape, const int64_t* stride, ScalarType type) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride,
-                                                         static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride,
+                                                  static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
   const Tensor x(handle);
   prefer_huge_pages(x);
   return x;
