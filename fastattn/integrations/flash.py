@@ -1,7 +1,7 @@
 """fastattn in PyTorch's registry of flash attention implementations: for SDPA calls that reach the flash backend.
 
 >>> torch.nn.attention.activate_flash_attention_impl("FASTATTN")   # `import fastattn` has registered it
->>> torch.nn.attention.restore_flash_attention_impl()
+>>> torch.nn.attention.restore_flash_attention_impl()              # from torch 2.11 on
 
 Activation replaces, for the whole process, the operators behind the backend: on the CPU
 ``aten::_scaled_dot_product_flash_attention_for_cpu``, where torch sends what has no dropout and one head_dim for keys and values;

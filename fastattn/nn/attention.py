@@ -22,6 +22,8 @@ _HIDDEN = float("-inf")
 def _check_mask(name: str, mask: Tensor | None, allowed_dims: tuple[int, ...]) -> None:
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise _validate.DtypeError(f"{name}: expected a Tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise _validate.DtypeError(
             f"{name} must be boolean (True = hidden) or floating point (added to the scores), got {mask.dtype}"

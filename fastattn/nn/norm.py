@@ -19,9 +19,11 @@ def _as_autocast(x: Tensor | None) -> Any:
     return x.float()
 
 
-def _check_plain(keywords_given: bool, x: Tensor) -> None:
-    if keywords_given and x.is_nested:
-        raise NotImplementedError("residual, dropout_p and return_residual need a plain tensor, got a nested one")
+def _check_plain(keywords_given: bool, x: Any) -> None:
+    """torch has no word for the keywords: what is left to it comes without them."""
+    if keywords_given:
+        kind = "a nested one" if isinstance(x, Tensor) and x.is_nested else f"{getattr(x, 'dtype', type(x).__name__)}"
+        raise NotImplementedError(f"residual, dropout_p and return_residual need a plain floating tensor, got {kind}")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -58,7 +60,7 @@ class LayerNorm(nn.LayerNorm):
         Returns:
             y with the shape and dtype of ``input``, or (y, h).
         """
-        if input.is_nested:
+        if not isinstance(input, Tensor) or input.is_nested:
             _check_plain(residual is not None or dropout_p > 0 or return_residual, input)
             return super().forward(input)
         x = _as_autocast(input)
@@ -84,7 +86,9 @@ class RMSNorm(nn.RMSNorm):
     Attributes:
         implementation: "auto", or the name of the implementation this module must use; see :func:`fastattn.rms_norm`.
 
-    Nested tensors are computed by torch. Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    Nested and complex tensors are computed by torch.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
 
     implementation: str = "auto"
@@ -98,7 +102,7 @@ class RMSNorm(nn.RMSNorm):
         return_residual: bool = False,
     ) -> Any:
         """Normalize ``x`` (..., *normalized_shape); arguments and results as for :meth:`LayerNorm.forward`."""
-        if x.is_nested:
+        if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
             _check_plain(residual is not None or dropout_p > 0 or return_residual, x)
             return super().forward(x)
         return rms_norm(

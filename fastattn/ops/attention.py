@@ -514,11 +514,13 @@ def _check_softcap(softcap: float) -> float:
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The mask as 4-D with each extent 1 or full and a unit last stride."""
     _validate.same_device("attn_mask", _validate.tensor("attn_mask", mask), "q", q)
-    allowed = (torch.bool, q.dtype, accumulation_dtype(q.dtype))
+    allowed = (torch.bool, q.dtype, torch.float32)
     if mask.dtype not in allowed:
         raise TypeError(
             f"attn_mask: got dtype {mask.dtype}, allowed are {', '.join(str(d) for d in dict.fromkeys(allowed))}"
         )
+    if mask.dtype == torch.float32 and q.dtype == torch.float64:
+        mask = mask.double()
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     given = tuple(mask.shape)
     if mask.dim() > 4 or any(m not in (1, f) for m, f in zip(given[::-1], full[::-1], strict=False)):

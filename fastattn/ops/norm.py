@@ -250,7 +250,8 @@ def rms_norm(
     """RMS normalization, ``h / sqrt(mean(h²) + eps) · weight`` with ``h = dropout(x) + residual``.
 
     Positional arguments as ``torch.nn.functional.rms_norm``: eps None is the machine epsilon of the
-    accumulation dtype (float32's for 16-bit x), which is what torch computes. Everything else as :func:`layer_norm`.
+    accumulation dtype (float32's for 16-bit x), which is what torch computes; a weight of any floating dtype, taken in that
+    of accumulation if it is not x's. Everything else as :func:`layer_norm`.
     """
     if eps is None:
         eps = default_eps(x.dtype) if isinstance(x, Tensor) else 0.0
@@ -259,6 +260,9 @@ def rms_norm(
         if found is not None:
             return found
     options = _Options(eps, True, dropout_p)
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dtype not in (x.dtype, torch.float32):
+        _validate.floating("weight", weight)
+        weight = weight.to(accumulation_dtype(x.dtype))
     return _norm(
         "rms_norm",
         x,

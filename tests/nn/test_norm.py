@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from module_parity import assert_parity, sample, twins
+from tolerance import assert_accurate
 from torch import nn
 
 import fastattn
@@ -96,6 +97,31 @@ def test_state_dict_pickle_and_copy(ours, theirs):
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
         assert type(other) is ours
         assert torch.equal(other(x), norm(x))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_rms_norm_weights_of_any_dtype(weights, given):
+    """As torch's: the result is of the input's dtype, the weight's gradient of the weight's."""
+    norm, plain = (make(16).to(weights) for make in (fastattn.nn.RMSNorm, nn.RMSNorm))
+    exact = nn.RMSNorm(16, eps=torch.finfo(torch.float64 if given is torch.float64 else torch.float32).eps).double()
+    with torch.no_grad():
+        for module in (norm, plain, exact):
+            module.weight.copy_(torch.linspace(0.5, 1.5, 16))
+    x, dy = torch.randn(5, 16).to(given), torch.randn(5, 16).to(given)
+    ours, theirs, true = (
+        (m, x.detach().to(d, copy=True).requires_grad_())
+        for m, d in ((norm, given), (plain, given), (exact, torch.float64))
+    )
+    results = [(m(x), x, m.weight) for m, x in (ours, theirs, true)]
+    for y, *_ in results:
+        y.backward(dy.to(y.dtype))
+    for name in range(3):
+        a, b, c = (r[name] if name == 0 else r[name].grad for r in results)
+        assert a.dtype == b.dtype
+        if a.dtype is torch.float64 and given is not torch.float64:  # computed in float32
+            a, b = a.float(), b.float()
+        assert_accurate(a, b, c, ("y", "dx", "dweight")[name], terms=16)
 
 
 def test_nested_tensors_are_torchs():

@@ -178,6 +178,17 @@ def test_rows_without_keys_give_zeros(implementation: str) -> None:
     assert grads[0][0, :, 5].abs().max() == 0 and all(g[1].abs().max() == 0 for g in grads)
 
 
+def test_a_float32_mask_of_float64_scores(implementation: str) -> None:
+    """What torch takes too: it is widened, and its gradient is its own."""
+    q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
+    narrow = torch.randn(9, 9).requires_grad_()
+    wide = narrow.detach().double().requires_grad_()
+    results = [fastattn.attention(q, k, v, attn_mask=m, implementation=implementation) for m in (narrow, wide)]
+    assert torch.equal(*results)
+    gradients = [torch.autograd.grad(out.sum(), m)[0] for out, m in zip(results, (narrow, wide), strict=True)]
+    assert gradients[0].dtype == torch.float32 and torch.equal(gradients[0], gradients[1].float())
+
+
 def test_minus_infinity_in_an_additive_mask_is_a_boolean_mask(implementation: str) -> None:
     q, k, v = (x.requires_grad_() for x in _inputs(SHAPES["odd"], torch.float32))
     mask = torch.rand(2, 1, 37, 37) > 0.5
