@@ -108,12 +108,22 @@ Tensor run_forward(AttentionParams& p, const AttentionInputs& x, const Tensor& q
   return out;
 }
 
+// dq, dk and dv of what the Hopper kernels take. dq is summed by blocks as they come, at five products each; where
+// torch is asked to be deterministic, in a fixed order at seven.
+void run_backward_sm90(const AttentionBackwardParams& p, const Tensor& like, const StreamLaunch& launch) {
+  if (deterministic_algorithms()) return launch_attention_backward_sm90(p, launch);
+  Tensor sums = allocator(like)({attention_backward_sm90_sums(p)}, ScalarType::Float);
+  torch::stable::zero_(sums);
+  launch_attention_backward_sm90_sums(p, sums.mutable_data_ptr<float>(), launch);
+}
+
 // Every gradient that p has a place for: TMA and wgmma where device, tensors and scores allow it, else mma.sync.
-void run_backward(const AttentionBackwardParams& p, int32_t device) {
+void run_backward(const AttentionBackwardParams& p, const Tensor& like) {
+  const int32_t device = like.get_device_index();
   const StreamLaunch launch{current_stream(device)};
   launch_attention_delta(p, launch);
   if (device_facts(device).capability == 90 && attention_backward_sm90_takes(p)) {
-    launch_attention_backward_sm90(p, launch);
+    run_backward_sm90(p, like, launch);
   } else {
     launch_attention_sm80_backward(p, launch);
   }
@@ -217,7 +227,7 @@ AttentionGradients attention_backward(const Tensor& dout_in, const OptionalTenso
   const Tensor slope_rows = allocate({slopes_grad ? q.size(0) : 0, p.heads, q.size(2)}, ScalarType::Float);
   p.delta = delta.mutable_data_ptr();
   if (slopes_grad) p.slope_rows = slope_rows.mutable_data_ptr();
-  if (p.heads > 0) run_backward(p, q.get_device_index());
+  if (p.heads > 0) run_backward(p, q);
   return gradients;
 }
 

@@ -20,22 +20,6 @@
 namespace fastattn {
 namespace cuda {
 
-template <int kHeadDim, bool kOwnsKeys, int kPassing = 64>
-struct AttentionSm90BackwardTile {
-  static constexpr int kD = kHeadDim, kColumns = (kD + 63) / 64;
-  static constexpr bool kForKeys = kOwnsKeys;
-  static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kLines = 64 * kConsumers;
-  static constexpr int kKeys = kPassing, kStages = 2;  // passing lines of a block
-  // 64 channels of a warpgroup's lines, of a block's passing ones.
-  static constexpr int kQueryBox = 64 * 128, kKeyBox = kKeys * 128;
-  static constexpr int kOwnedBytes = kColumns * kQueryBox, kPassingBytes = kColumns * kKeyBox;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  // The owned lines of both tensors, then stages of the passing ones, then barriers.
-  static constexpr int kRing = 2 * kConsumers * kOwnedBytes;
-  static constexpr int kBarriers = kRing + 2 * kStages * kPassingBytes;
-  static constexpr int kSharedBytes = kBarriers + (1 + 2 * kStages) * 8;
-};
-
 struct AttentionSm90BackwardCall : AttentionBackwardParams {
   AttentionTiling tiling;
   KeyTiling key_tiling;
@@ -43,40 +27,14 @@ struct AttentionSm90BackwardCall : AttentionBackwardParams {
   bool aligned;  // 16-byte stores
 };
 
-struct AttentionSm90BackwardMaps {
-  TensorMap q, k, v, dout;
-};
-
-template <class Tile>
-struct AttentionSm90BackwardMemory {
-  static __device__ char* owned(int tensor, int consumer) {
-    return dynamic_shared() + (tensor * Tile::kConsumers + consumer) * Tile::kOwnedBytes;
-  }
-  static __device__ char* passing(int tensor, int stage) {
-    return dynamic_shared() + Tile::kRing + (stage * 2 + tensor) * Tile::kPassingBytes;
-  }
-  static __device__ uint64_t* barrier(int index) {
-    return reinterpret_cast<uint64_t*>(dynamic_shared() + Tile::kBarriers) + index;
-  }
-  static __device__ uint64_t* ready() { return barrier(0); }
-  static __device__ uint64_t* full(int stage) { return barrier(1 + stage); }
-  static __device__ uint64_t* empty(int stage) { return barrier(1 + Tile::kStages + stage); }
-
-  static __device__ void init() {
-    mbarrier_init(ready(), 1);
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      mbarrier_init(full(stage), 1), mbarrier_init(empty(stage), 4 * Tile::kConsumers);
-    }
-    mbarrier_init_fence();
-  }
-};
-
 // A tile of owned lines: `lines` of its sequence from `start` of the tensor on, of which it takes [first, ...); of the
-// passing ones `seen` by any owned line, `all` by every one of a warpgroup's.
+// passing ones `seen` by any owned line, `all` by every one of a warpgroup's; those from `zero_from` on are neither the
+// sequence's nor TMA's zeros. It lies in shared memory: in registers it would be spilled.
 struct AttentionSm90BackwardWork {
   AttentionTile tile;
   int first, lines, start, head, passing_start, passing_lines, passing_head, heads;
-  KeyRange seen, blocks;
+  int zero_from;
+  KeyRange seen, blocks, all[2];
 
   template <class Tile>
   static __device__ AttentionSm90BackwardWork of(const AttentionSm90BackwardCall& p) {
@@ -94,6 +52,12 @@ struct AttentionSm90BackwardWork {
     const int last = work.first + Tile::kLines < work.lines ? work.first + Tile::kLines - 1 : work.lines - 1;
     work.seen = {work.template seen_by<Tile>(p, work.first).begin, work.template seen_by<Tile>(p, last).end};
     work.blocks = blocks_of_keys<Tile::kKeys>(work.seen);
+    const int64_t extent = Tile::kForKeys ? p.rows : p.keys;
+    work.zero_from = work.passing_start + work.seen.end < extent ? work.seen.end : INT32_MAX;
+    for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
+      const int from = work.first + 64 * consumer, to = from + 63 < work.lines ? from + 63 : work.lines - 1;
+      work.all[consumer] = {work.template seen_by<Tile>(p, to).begin, work.template seen_by<Tile>(p, from).end};
+    }
     return work;
   }
 
@@ -101,6 +65,72 @@ struct AttentionSm90BackwardWork {
   __device__ KeyRange seen_by(const AttentionSm90BackwardCall& p, int line) const {
     if (line >= lines) return {0, 0};
     return Tile::kForKeys ? rows_of_key(p, tile, line) : keys_of_row(p, tile, line);
+  }
+};
+
+template <int kHeadDim, bool kOwnsKeys, int kPassing = 64>
+struct AttentionSm90BackwardTile {
+  static constexpr int kD = kHeadDim, kColumns = (kD + 63) / 64;
+  static constexpr bool kForKeys = kOwnsKeys;
+  static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kLines = 64 * kConsumers;
+  static constexpr int kKeys = kPassing, kStages = 2;  // passing lines of a block
+  // 64 channels of a warpgroup's lines, of a block's passing ones.
+  static constexpr int kQueryBox = 64 * 128, kKeyBox = kKeys * 128;
+  static constexpr int kOwnedBytes = kColumns * kQueryBox, kPassingBytes = kColumns * kKeyBox;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // The owned lines of both tensors, then stages of the passing ones and of what passing rows have, then barriers.
+  static constexpr int kRing = 2 * kConsumers * kOwnedBytes;
+  static constexpr int kRowSums = kRing + 2 * kStages * kPassingBytes, kRowBytes = kForKeys ? kKeys * 8 : 0;
+  static constexpr int kBarriers = kRowSums + kStages * kRowBytes;
+  static constexpr int kWork = kBarriers + (1 + 2 * kStages) * 8;
+  static constexpr int kSharedBytes = kWork + static_cast<int>(sizeof(AttentionSm90BackwardWork));
+};
+
+struct AttentionSm90BackwardMaps {
+  TensorMap q, k, v, dout;
+};
+
+// Of a row: lse in base 2, +inf if it sees nothing, so that its weights are zeros; and delta.
+struct alignas(8) RowSums {
+  float lse, delta;
+
+  static __device__ RowSums of(const AttentionBackwardParams& p, const AttentionTile& tile, int head, int row) {
+    if (row >= tile.rows) return {INFINITY, 0};
+    const int64_t at = tile.batch * p.row_stride[0] + head * p.row_stride[1] + tile.q_begin + row;
+    return {lse_in_base_2(static_cast<const float*>(p.lse)[at]), static_cast<const float*>(p.delta)[at]};
+  }
+};
+
+template <class Tile>
+struct AttentionSm90BackwardMemory {
+  static __device__ char* owned(int tensor, int consumer) {
+    return dynamic_shared() + (tensor * Tile::kConsumers + consumer) * Tile::kOwnedBytes;
+  }
+  static __device__ char* passing(int tensor, int stage) {
+    return dynamic_shared() + Tile::kRing + (stage * 2 + tensor) * Tile::kPassingBytes;
+  }
+  // lse (RowSums) of the stage's rows, then their deltas.
+  static __device__ float* row_sums(int stage) {
+    return reinterpret_cast<float*>(dynamic_shared() + Tile::kRowSums + stage * Tile::kRowBytes);
+  }
+  static __device__ uint64_t* barrier(int index) {
+    return reinterpret_cast<uint64_t*>(dynamic_shared() + Tile::kBarriers) + index;
+  }
+  static __device__ uint64_t* ready() { return barrier(0); }
+  static __device__ uint64_t* full(int stage) { return barrier(1 + stage); }
+  static __device__ uint64_t* empty(int stage) { return barrier(1 + Tile::kStages + stage); }
+
+  static __device__ AttentionSm90BackwardWork& work() {
+    return *reinterpret_cast<AttentionSm90BackwardWork*>(dynamic_shared() + Tile::kWork);
+  }
+
+  static __device__ void init(const AttentionSm90BackwardCall& p) {
+    work() = AttentionSm90BackwardWork::of<Tile>(p);
+    mbarrier_init(ready(), 1);
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      mbarrier_init(full(stage), Tile::kForKeys ? 2 : 1), mbarrier_init(empty(stage), 4 * Tile::kConsumers);
+    }
+    mbarrier_init_fence();
   }
 };
 
@@ -146,6 +176,29 @@ __device__ inline void attention_sm90_backward_produce(const AttentionSm90Backwa
   }
 }
 
+// A warp: the sums of passing rows.
+template <class Tile>
+__device__ inline void attention_sm90_produce_row_sums(const AttentionSm90BackwardCall& p,
+                                                       const AttentionSm90BackwardWork& work) {
+  using Memory = AttentionSm90BackwardMemory<Tile>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  RingPlace<Tile::kStages> place;
+#pragma unroll 1
+  for (int head = work.passing_head; head < work.passing_head + work.heads; ++head) {
+#pragma unroll 1
+    for (int block = work.blocks.begin; block < work.blocks.end; ++block, place.next()) {
+      mbarrier_wait(Memory::empty(place.stage), place.phase ^ 1);
+#pragma unroll
+      for (int i = lane; i < Tile::kKeys; i += 32) {
+        const RowSums sums = RowSums::of(p, work.tile, head, block * Tile::kKeys + i);
+        Memory::row_sums(place.stage)[i] = sums.lse, Memory::row_sums(place.stage)[Tile::kKeys + i] = sums.delta;
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(Memory::full(place.stage));
+    }
+  }
+}
+
 // A computing warpgroup: its 64 owned lines against all passing ones.
 template <class T, class Tile>
 struct AttentionSm90BackwardConsumer {
@@ -153,43 +206,29 @@ struct AttentionSm90BackwardConsumer {
   const AttentionSm90BackwardCall& p;
   const AttentionSm90BackwardWork& work;
   int consumer;
-  KeyRange all, seen[2];
-  int zero_from;  // passing lines from here on are not the sequence's and not TMA's zeros
+  RowSums own_sums[2];  // of the lane's rows
 
   __device__ AttentionSm90BackwardConsumer(const AttentionSm90BackwardCall& call, const AttentionSm90BackwardWork& own,
                                            int number)
       : p(call), work(own), consumer(number) {
-    const int first = work.first + 64 * consumer, last = first + 63 < work.lines ? first + 63 : work.lines - 1;
-    all = {work.template seen_by<Tile>(p, last).begin, work.template seen_by<Tile>(p, first).end};
-    const int64_t extent = Tile::kForKeys ? p.rows : p.keys;
-    zero_from = work.passing_start + work.seen.end < extent ? work.seen.end : INT32_MAX;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) seen[i] = work.template seen_by<Tile>(p, line(i));
+    for (int i = 0; i < 2; ++i) {
+      own_sums[i] = Tile::kForKeys ? RowSums{} : RowSums::of(p, work.tile, work.head, line(i));
+    }
   }
 
   __device__ int line(int i) const {
-    const int thread = static_cast<int>(threadIdx.x) % 128;
+    const int thread = warpgroup_thread();
     return work.first + 64 * consumer + thread / 32 * 16 + thread % 32 / 4 + 8 * i;
-  }
-
-  // lse in base 2, +inf for a row that sees nothing: its weights are zeros; and delta.
-  struct RowSums {
-    float lse, delta;
-  };
-  __device__ RowSums row_sums(int head, int row) const {
-    if (row >= work.tile.rows) return {INFINITY, 0};
-    const int64_t at = work.tile.batch * p.row_stride[0] + head * p.row_stride[1] + work.tile.q_begin + row;
-    const float lse = static_cast<const float*>(p.lse)[at];
-    return {lse == kHidden ? INFINITY : lse * kLog2E, static_cast<const float*>(p.delta)[at]};
   }
 
   // Passing lines that no owned one sees: whatever they hold is multiplied by zeros.
   __device__ void zero_unseen(int first, int stage) const {
-    if (first >= work.seen.begin && first + Tile::kKeys <= zero_from) return;
-    const int thread = static_cast<int>(threadIdx.x) % 128;
+    if (first >= work.seen.begin && first + Tile::kKeys <= work.zero_from) return;
+    const int thread = warpgroup_thread();
 #pragma unroll 1
     for (int i = thread / 8; i < Tile::kKeys; i += 16) {
-      if (first + i >= work.seen.begin && first + i < zero_from) continue;
+      if (first + i >= work.seen.begin && first + i < work.zero_from) continue;
 #pragma unroll 1
       for (int box = 0; box < 2 * Tile::kColumns; ++box) {
         *reinterpret_cast<Packed<BFloat16>*>(Memory::passing(0, stage) + box * Tile::kKeyBox + i * 128 +
@@ -205,26 +244,47 @@ struct AttentionSm90BackwardConsumer {
     for (int i = 0; i < Tile::kKeys / 4; ++i) pairs[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
   }
 
-  // s in, weights out; dp in, ds out.
-  __device__ void weigh(int head, int first, float (&s)[Tile::kKeys / 2], float (&dp)[Tile::kKeys / 2]) const {
-    if (first < all.begin || first + Tile::kKeys > all.end) hide_unseen(s, seen, first);
+  // f(i, x) of each element and what its passing row has at `rows`.
+  template <class F>
+  static __device__ void each_row(const float* rows, const F& f) {
+#pragma unroll
+    for (int i = 0; i < Tile::kKeys / 2; i += 4) {
+      struct alignas(8) Two {
+        float x[2];
+      };
+      const Two two = *reinterpret_cast<const Two*>(rows + i * 2);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(i + e, two.x[e % 2]);
+    }
+  }
+
+  // s in, weights out.
+  __device__ void weigh(int stage, int first, float (&s)[Tile::kKeys / 2]) const {
+    if (first < work.all[consumer].begin || first + Tile::kKeys > work.all[consumer].end) {
+      hide_unseen(s, {work.template seen_by<Tile>(p, line(0)), work.template seen_by<Tile>(p, line(1))}, first);
+    }
     const float unit = PlainScores::unit(p);
     if constexpr (Tile::kForKeys) {
-#pragma unroll
-      for (int i = 0; i < Tile::kKeys / 2; i += i % 4 == 1 ? 3 : 1) {
-        const RowSums sums = row_sums(head, first + i / 4 * 8 + static_cast<int>(threadIdx.x % 4 * 2) + i % 2);
-#pragma unroll
-        for (int j = i; j < i + 4; j += 2) {
-          s[j] = exp2_fast(fmaf(s[j], unit, -sums.lse));
-          dp[j] = s[j] == 0 ? 0.0f : s[j] * (dp[j] - sums.delta);
-        }
-      }
+      const float* const lses = Memory::row_sums(stage) + warpgroup_thread() % 4 * 2;
+      each_row(lses, [&](int i, float lse) { s[i] = exp2_fast(fmaf(s[i], unit, -lse)); });
     } else {
-      const RowSums sums[2] = {row_sums(work.head, line(0)), row_sums(work.head, line(1))};
+#pragma unroll
+      for (int i = 0; i < Tile::kKeys / 2; ++i) s[i] = exp2_fast(fmaf(s[i], unit, -own_sums[i / 2 % 2].lse));
+    }
+  }
+
+  // dp in, ds out.
+  __device__ void differentiate(int stage, const float (&weights)[Tile::kKeys / 2],
+                                float (&dp)[Tile::kKeys / 2]) const {
+    if constexpr (Tile::kForKeys) {
+      // Weights are never negative: the deltas wait for the last one, or there would not be registers for them.
+      const float* const deltas =
+          Memory::row_sums(stage) + Tile::kKeys + warpgroup_thread() % 4 * 2 + (weights[Tile::kKeys / 2 - 1] < 0);
+      each_row(deltas, [&](int i, float delta) { dp[i] = weights[i] == 0 ? 0.0f : weights[i] * (dp[i] - delta); });
+    } else {
 #pragma unroll
       for (int i = 0; i < Tile::kKeys / 2; ++i) {
-        s[i] = exp2_fast(fmaf(s[i], unit, -sums[i / 2 % 2].lse));
-        dp[i] = s[i] == 0 ? 0.0f : s[i] * (dp[i] - sums[i / 2 % 2].delta);
+        dp[i] = weights[i] == 0 ? 0.0f : weights[i] * (dp[i] - own_sums[i / 2 % 2].delta);
       }
     }
   }
@@ -244,20 +304,22 @@ struct AttentionSm90BackwardConsumer {
         zero_unseen(block * Tile::kKeys, place.stage);
         attention_sm90_scores<T, Tile>(s, Memory::owned(0, consumer), Memory::passing(0, place.stage));
         attention_sm90_scores<T, Tile>(dp, Memory::owned(1, consumer), Memory::passing(1, place.stage));
-        wgmma_wait<0>();
+        wgmma_wait<1>();
         wgmma_fence_sums(s);
-        wgmma_fence_sums(dp);
-        weigh(head, block * Tile::kKeys, s, dp);
+        weigh(place.stage, block * Tile::kKeys, s);
         if constexpr (Tile::kForKeys) {
           pack(s, weights);
           attention_sm90_values<T, Tile>(second_sum, weights, Memory::passing(1, place.stage));
         }
+        wgmma_wait<Tile::kForKeys>();
+        wgmma_fence_sums(dp);
+        differentiate(place.stage, s, dp);
         pack(dp, gradients);
         attention_sm90_values<T, Tile>(first_sum, gradients, Memory::passing(0, place.stage));
         wgmma_wait<0>();
         wgmma_fence_sums(first_sum);
         if constexpr (Tile::kForKeys) wgmma_fence_sums(second_sum);
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(Memory::empty(place.stage));
+        if (warpgroup_thread() % 32 == 0) mbarrier_arrive(Memory::empty(place.stage));
       }
     }
   }
@@ -275,22 +337,30 @@ struct AttentionSm90BackwardConsumer {
   }
 };
 
+// Which computing warpgroup the thread is of; told by a lane to its warp, so that addresses can be in uniform
+// registers.
+__device__ inline int consumer_of_warp() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+}
+
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_sm90_backward_kernel(const __grid_constant__ AttentionSm90BackwardCall p,
                                    const __grid_constant__ AttentionSm90BackwardMaps maps) {
   note_dynamic_shared<Tile::kSharedBytes>();
-  const auto work = AttentionSm90BackwardWork::of<Tile>(p);
-  if (work.first >= work.lines) return;
-  if (threadIdx.x == 0) AttentionSm90BackwardMemory<Tile>::init();
+  if (threadIdx.x == 0) AttentionSm90BackwardMemory<Tile>::init(p);
   __syncthreads();
+  const AttentionSm90BackwardWork& work = AttentionSm90BackwardMemory<Tile>::work();
+  if (work.first >= work.lines) return;
   if (threadIdx.x < 128) {
     set_max_registers_down<Tile::kProducerRegisters>();
-    if (threadIdx.x == 0 && work.blocks.begin < work.blocks.end) attention_sm90_backward_produce<Tile>(p, maps, work);
+    if (work.blocks.begin >= work.blocks.end) return;
+    if (threadIdx.x == 0) attention_sm90_backward_produce<Tile>(p, maps, work);
+    if (Tile::kForKeys && threadIdx.x / 32 == 1) attention_sm90_produce_row_sums<Tile>(p, work);
     return;
   }
   set_max_registers_up<Tile::kConsumerRegisters>();
-  const AttentionSm90BackwardConsumer<T, Tile> own(p, work, static_cast<int>(threadIdx.x) / 128 - 1);
+  const AttentionSm90BackwardConsumer<T, Tile> own(p, work, consumer_of_warp());
   constexpr int kSecond = Tile::kForKeys ? Tile::kD / 2 : 1;
   float first_sum[Tile::kD / 2], second_sum[kSecond];
 #pragma unroll

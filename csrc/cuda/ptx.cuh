@@ -153,6 +153,13 @@ __device__ inline float exp2_fast(float x) {
 
 // What follows is of sm_90a.
 
+// The thread's number in its warpgroup, asked anew: what follows from it need not stay in registers around a loop.
+__device__ inline int warpgroup_thread() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return static_cast<int>(thread % 128);
+}
+
 // Registers of each thread of the warpgroup from here on; all its warps call.
 template <int kRegisters>
 __device__ inline void set_max_registers_down() {
@@ -209,6 +216,19 @@ __device__ inline void tma_load_5d(void* to, const TensorMap& map, uint64_t* bar
       "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
+
+// One thread starts adding `bytes` / 4 floats of shared memory to global memory, each by itself, in no order with other
+// additions; addresses and bytes are multiples of 16.
+__device__ inline void bulk_add(float* to, const void* from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// The shared memory that the thread's committed groups read may be overwritten.
+__device__ inline void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// They are done.
+__device__ inline void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Makes what the thread stored in shared memory visible to wgmma and TMA.
 __device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -298,6 +318,21 @@ __device__ inline void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
 #define FASTATTN_SUMS_48 FASTATTN_SUMS_40, FASTATTN_SUMS_8(40)
 #define FASTATTN_SUMS_96 FASTATTN_SUMS_64(0), FASTATTN_SUMS_32(64)
 #define FASTATTN_SUMS_128 FASTATTN_SUMS_64(0), FASTATTN_SUMS_64(64)
+
+template <class T, bool kAcrossA, bool kAcrossB>
+__device__ inline void wgmma(float (&d)[32], uint64_t a, uint64_t b) {
+#define FASTATTN_WGMMA_N64(type)                                                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FASTATTN_REGISTERS_0_TO_31 \
+               "}, %32, %33, 1, 1, 1, %34, %35;"                                                           \
+               : FASTATTN_SUMS_32(0)                                                                       \
+               : "l"(a), "l"(b), "n"(static_cast<int>(kAcrossA)), "n"(static_cast<int>(kAcrossB)))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    FASTATTN_WGMMA_N64("bf16");
+  } else {
+    FASTATTN_WGMMA_N64("f16");
+  }
+#undef FASTATTN_WGMMA_N64
+}
 
 // d = a bᵀ, or d += a bᵀ if `add`, in T: 64 rows and N = 2 kSums columns, both in shared memory and K-major.
 #define FASTATTN_WGMMA_SCORES(N, SUMS, registers, sums, a_at, b_at, add_at)                                    \

@@ -3,6 +3,7 @@
 // clang-format off
 #include "host_ptx_sm90.h"  // first: it gives the rest its CUDA words
 #include "cuda/attention_sm90_backward.cuh"
+#include "cuda/attention_sm90_backward_sums.cuh"
 #include "cuda/attention_sm90_forward.cuh"
 // clang-format on
 
@@ -10,13 +11,12 @@ using namespace fastattn;
 
 namespace {
 
-cuda::TensorMap make_map(const cuda::AttentionSm90Tensor& x) {
-  cuda::TensorMap map;
-  map.data = static_cast<const uint16_t*>(x.data);
-  std::memcpy(map.extents, x.extents, sizeof x.extents);
-  std::memcpy(map.strides, x.strides, sizeof x.strides);
-  std::memcpy(map.box, x.box, sizeof x.box);
-  return map;
+template <class T>
+void backward(const AttentionBackwardParams& p, bool in_order) {
+  const host_cuda::Launch launch;
+  if (in_order) return cuda::launch_attention_sm90_backward<T>(p, cuda::boxes_map, launch);
+  std::vector<cuda::Packed<float>> sums(cuda::attention_sm90_backward_sums(p) / 4);
+  cuda::launch_attention_sm90_backward_sums<T>(p, sums.data()->value, cuda::boxes_map, launch);
 }
 
 }  // namespace
@@ -29,23 +29,18 @@ bool attention_sm90_forward(const AttentionParams* p, int blocks, bool late_copi
   cuda::late_copies = late_copies;
   const host_cuda::Launch launch;
   if (p->dtype == DType::kFloat16) {
-    cuda::launch_attention_sm90_forward<Half>(*p, blocks, make_map, launch);
+    cuda::launch_attention_sm90_forward<Half>(*p, blocks, cuda::boxes_map, launch);
   } else {
-    cuda::launch_attention_sm90_forward<BFloat16>(*p, blocks, make_map, launch);
+    cuda::launch_attention_sm90_forward<BFloat16>(*p, blocks, cuda::boxes_map, launch);
   }
   return true;
 }
 
-// The same for dq, dk and dv, from lse and delta.
-bool attention_sm90_backward(const AttentionBackwardParams* p, bool late_copies) {
+// The same for dq, dk and dv, from lse and delta: in a fixed order, or with dq's sums in memory.
+bool attention_sm90_backward(const AttentionBackwardParams* p, bool in_order, bool late_copies) {
   if (!cuda::attention_sm90_backward_takes(*p)) return false;
   cuda::late_copies = late_copies;
-  const host_cuda::Launch launch;
-  if (p->dtype == DType::kFloat16) {
-    cuda::launch_attention_sm90_backward<Half>(*p, make_map, launch);
-  } else {
-    cuda::launch_attention_sm90_backward<BFloat16>(*p, make_map, launch);
-  }
+  p->dtype == DType::kFloat16 ? backward<Half>(*p, in_order) : backward<BFloat16>(*p, in_order);
   return true;
 }
 

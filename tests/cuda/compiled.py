@@ -40,10 +40,11 @@ TITLE = "# What nvcc makes of the CUDA kernels\n"
 #: Most shared memory of a block, static and dynamic (CUDA programming guide, technical specifications per compute capability).
 SHARED = {"80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90a": 227 << 10, "100": 227 << 10, "120": 99 << 10}
 #: What is counted in the machine code: products by warps and by warpgroups, bulk copies by the tensor memory accelerator into and
-#: out of shared memory, registers handed over between warpgroups, asynchronous copies, matrix loads, local memory.
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "USETMAXREG", "LDGSTS", "LDSM", "LDL", "STL")
+#: out of shared memory, its additions to global memory, registers handed over between warpgroups, asynchronous copies, matrix loads,
+#: local memory.
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG", "LDGSTS", "LDSM", "LDL", "STL")
 #: Kernels beside the main loop: they multiply nothing.
-AUXILIARY = re.compile(r"delta|convert|merge|combine|reduce|_sum|zero|fill|norm_|prepare|dropout|elementwise")
+AUXILIARY = re.compile(r"delta|convert|merge|combine|reduce|_sum_|zero|fill|norm_|prepare|dropout|elementwise")
 
 
 @dataclass
@@ -80,7 +81,8 @@ def faults(binary: Binary) -> Iterator[str]:
     if AUXILIARY.search(binary.kernel):
         return
     if "_sm90" in binary.file:
-        for wanted in ("HGMMA", "UTMALDG", "USETMAXREG"):
+        additions = ("UBLKRED",) if "_sums" in binary.file else ()
+        for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", *additions):
             if not counts[wanted]:
                 yield f"has no {wanted}: {counts}"
         if counts["HMMA"]:
@@ -243,7 +245,8 @@ compiles well has not run. A cell reads
 
 No kernel spills: `tests/cuda/test_compiled.py` fails where one does, where shared memory does not suffice, where a kernel of
 `*_sm90*.cu` has no wgmma (HGMMA), no TMA load (UTMALDG) or no setmaxnreg (USETMAXREG), or multiplies with mma.sync (HMMA),
-and where one of `*_sm80*.cu` has no mma.sync, cp.async or ldmatrix. Kernels that only add up, convert or merge need none.
+where one of `*_sums.cu` adds nothing to memory by TMA (UBLKRED), and where one of `*_sm80*.cu` has no mma.sync, cp.async or
+ldmatrix. Kernels that only add up, convert or merge need none.
 """
 
 

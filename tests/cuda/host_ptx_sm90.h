@@ -8,7 +8,10 @@
 
 #include <functional>
 
-#include "host_ptx.h"
+// clang-format off
+#include "host_ptx.h"  // first: it gives the rest its CUDA words
+#include "cuda/ptx.cuh"
+// clang-format on
 
 namespace fastattn {
 namespace cuda {
@@ -26,6 +29,8 @@ inline void named_barrier_arrive(int id, int threads) {
   host_cuda::Barrier& barrier = named_barrier(id, threads);
   if (++barrier.arrived == barrier.size) host_cuda::release(barrier);
 }
+
+inline int warpgroup_thread() { return static_cast<int>(threadIdx.x % 128); }
 
 template <int kRegisters>
 inline void set_max_registers_down() {}
@@ -101,6 +106,15 @@ inline TensorMap matrix_map(const void* data, int64_t rows, int64_t columns, int
           {box_columns, box_rows, 1, 1, 1}};
 }
 
+inline TensorMap boxes_map(const TensorBoxes<5>& x) {
+  TensorMap map;
+  map.data = static_cast<const uint16_t*>(x.data);
+  std::memcpy(map.extents, x.extents, sizeof x.extents);
+  std::memcpy(map.strides, x.strides, sizeof x.strides);
+  std::memcpy(map.box, x.box, sizeof x.box);
+  return map;
+}
+
 // Bits 4 to 6 of an address in shared memory change by bits 7 to 9.
 inline char* swizzled_128(int64_t address) { return dynamic_shared() + (address ^ (address >> 7 & 7) << 4); }
 
@@ -135,6 +149,48 @@ inline void tma_load_5d(void* to, const TensorMap& map, uint64_t* barrier, int c
 
 inline void tma_load_2d(void* to, const TensorMap& map, uint64_t* barrier, int column, int row) {
   tma_load_5d(to, map, barrier, column, row, 0, 0, 0);
+}
+
+// A thread's additions to global memory under way. What they add is read at their start, or (late_copies) when the
+// thread waits for that and all others have gone on; memory has it when the thread waits for that.
+struct HostAddition {
+  float* to;
+  const void* from;
+  std::vector<float> terms;
+  bool committed = false, read = false;
+
+  void take() {
+    std::memcpy(terms.data(), from, terms.size() * sizeof(float));
+    read = true;
+  }
+};
+inline std::vector<HostAddition> host_additions[1024];
+
+inline void bulk_add(float* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+    std::fprintf(stderr, "a bulk copy is not of multiples of 16 bytes\n");
+    std::abort();
+  }
+  HostAddition addition{to, from, std::vector<float>(static_cast<size_t>(bytes) / sizeof(float))};
+  if (!late_copies) addition.take();
+  host_additions[host_cuda::current].push_back(std::move(addition));
+}
+inline void bulk_commit() {
+  for (HostAddition& addition : host_additions[host_cuda::current]) addition.committed = true;
+}
+inline void bulk_wait_read() {
+  if (late_copies) ++host_cuda::progress, host_cuda::yield();
+  for (HostAddition& addition : host_additions[host_cuda::current]) {
+    if (addition.committed && !addition.read) addition.take();
+  }
+}
+inline void bulk_wait() {
+  bulk_wait_read();
+  auto& additions = host_additions[host_cuda::current];
+  for (const HostAddition& addition : additions) {
+    for (size_t i = 0; addition.committed && i < addition.terms.size(); ++i) addition.to[i] += addition.terms[i];
+  }
+  additions.clear();
 }
 
 inline void fence_async_shared() {}

@@ -42,6 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         definitions.define(op + SCHEMAS[op].replace(") -> ", ", *, bool reduced_precision=False) -> "))
     definitions.define("attention_append" + GPU_SCHEMAS["attention_append"])
     loaded = compiled("attention_operators_host.cpp", folder, *flags)
+    loaded.hopper_backward.restype = ctypes.c_char_p
     loaded.definitions = definitions  # they last as long as their implementations
     return loaded
 
@@ -105,6 +106,24 @@ def test_full_tiles_with_everything(operators) -> None:
 def test_few_and_more_rows(operators, rows: int) -> None:
     q, k, v = _random(2, 4, rows, 64), _random(2, 1, 300, 64), _random(2, 1, 300, 64)
     _check(operators, (q, k, v, None, None, torch.randn(4)), (0.2, -1, 0, 300 - rows, 0.0, 0.0, None))
+
+
+@pytest.mark.parametrize(
+    ("way", "kernels"), [((90, False), b"by sums"), ((90, True), b"in order"), ((80, False), b"none")], ids=str
+)
+def test_dq_is_in_a_fixed_order_where_torch_asks_for_it(operators, library, way, kernels: bytes) -> None:
+    options = (0.2, -1, 0, 0, 0.0, 0.0, None)
+    library.choose(*way)
+    try:
+        q, k, v = _random(1, 2, 60, 32), _random(1, 1, 70, 32), _random(1, 1, 70, 32)
+        table = [[0, 20, 0, 30, 10], [20, 0, 30, 10, 10], [20, 37, 40, 27, -10]]
+        _check(operators, (q, k, v, None, None, None), options, torch.tensor(table))
+        assert library.hopper_backward() == kernels
+        library.choose(*way)
+        _check(operators, (q[:, :, :9], k[:, :, :9], v[:, :, :9], _random(1, 1, 9, 9), None, None), options)
+        assert library.hopper_backward() == b"none"
+    finally:
+        library.choose(80, False)
 
 
 def test_one_query_tensor_for_a_whole_batch(operators) -> None:

@@ -31,7 +31,9 @@ def _reference(call: Call, dout: Tensor, dlse: Tensor, dtype: torch.dtype) -> tu
     return list(grads), lse.detach(), ((dout.to(lse.dtype) * out).sum(-1) - dlse).detach()
 
 
-def _run(kernels: ctypes.CDLL, call: Call, dout: Tensor, dlse: Tensor, late_copies: bool) -> list[Tensor] | None:
+def _run(
+    kernels: ctypes.CDLL, call: Call, dout: Tensor, dlse: Tensor, in_order: bool, late_copies: bool
+) -> list[Tensor] | None:
     _, *sums = _reference(call, dout, dlse, torch.float64)
     lse, delta = (x.float().contiguous() for x in sums)
     grads = [torch.full(x.shape, math.nan, dtype=x.dtype) for x in call[:3]]
@@ -44,17 +46,18 @@ def _run(kernels: ctypes.CDLL, call: Call, dout: Tensor, dlse: Tensor, late_copi
     p.dq, p.dk, p.dv = (x.data_ptr() for x in grads)
     packed = call.sequences is not None and call.k.shape[0] == 1
     p.key_stride[:] = [0 if packed else p.heads_kv * p.keys, p.keys]
-    return grads if kernels.attention_sm90_backward(ctypes.byref(p), late_copies) else None
+    return grads if kernels.attention_sm90_backward(ctypes.byref(p), in_order, late_copies) else None
 
 
 def _check(kernels: ctypes.CDLL, call: Call, late_copies: bool = False) -> None:
     dout = torch.randn(*call.q.shape[:3], call.v.shape[3]).to(call.q.dtype)
     dlse = torch.randn(call.q.shape[:3])
-    actual = _run(kernels, call, dout, dlse, late_copies)
-    assert actual is not None, "not taken"
     plain, exact = (_reference(call, dout, dlse, dtype)[0] for dtype in (call.q.dtype, torch.float64))
-    for name, ours, peer, true in zip(("dq", "dk", "dv"), actual, plain, exact, strict=True):
-        assert_accurate(ours, peer, true, name, terms=max(call.q.shape[2], call.k.shape[2]))
+    for form, in_order in (("in order", True), ("by sums", False)):
+        actual = _run(kernels, call, dout, dlse, in_order, late_copies)
+        assert actual is not None, "not taken"
+        for name, ours, peer, true in zip(("dq", "dk", "dv"), actual, plain, exact, strict=True):
+            assert_accurate(ours, peer, true, f"{name} {form}", terms=max(call.q.shape[2], call.k.shape[2]))
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["late-products", "late-copies"])
@@ -106,7 +109,7 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
 def test_what_others_take(kernels: ctypes.CDLL) -> None:
     dout, dlse = torch.randn(1, 1, 10, 64).bfloat16(), torch.zeros(1, 1, 10)
     q, k, v = projections((1, 1), 10, 10, (64, 64))
-    assert _run(kernels, Call(q, k, v), dout, dlse, False) is not None
-    assert _run(kernels, Call(q, k, v, softcap=3.0), dout, dlse, False) is None
+    assert _run(kernels, Call(q, k, v), dout, dlse, True, False) is not None
+    assert _run(kernels, Call(q, k, v, softcap=3.0), dout, dlse, True, False) is None
     wide = projections((1, 1), 10, 10, (192, 64))
-    assert _run(kernels, Call(*wide), dout, dlse, False) is None
+    assert _run(kernels, Call(*wide), dout, dlse, True, False) is None

@@ -27,6 +27,7 @@ _SPREAD = [
     ("attention_decode", "90a"),
     ("attention_sm80_forward", "80"),
     ("attention_sm90_forward", "90a"),
+    ("attention_sm90_backward_sums", "90a"),
     ("gemm_sm80", "86"),
     ("gemm_sm90", "90a"),
 ]
@@ -115,6 +116,9 @@ def test_what_a_hopper_kernel_must_have() -> None:
     for missing in good:
         (fault,) = compiled.faults(_binary("attention_sm90.cu", "90a", **{**good, missing: 0}))
         assert missing in fault
+    (fault,) = compiled.faults(_binary("attention_sm90_backward_sums.cu", "90a", "attention_sm90_sums_kernel", **good))
+    assert "UBLKRED" in fault
+    assert not list(compiled.faults(_binary("attention_sm90_backward_sums.cu", "90a", UBLKRED=1, **good)))
     (fault,) = compiled.faults(_binary("attention_sm90.cu", "90a", HMMA=1, **good))
     assert "mma.sync beside wgmma" in fault
     log = """ptxas info    : Compiling entry function '_Z4good' for 'sm_90a'
