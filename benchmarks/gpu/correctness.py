@@ -108,13 +108,21 @@ def _ffn_mask_bits(device: torch.device, implementation: str) -> str:
 
 
 def _attention_repeats(device: torch.device, implementation: str) -> str:
+    # The CUDA kernels take 16 bits, and promise the bits of q's gradient under deterministic algorithms alone.
+    cuda, before = implementation == "cuda", torch.are_deterministic_algorithms_enabled()
+    kind = {"device": device, "dtype": torch.bfloat16 if cuda else torch.float32}
+
     def call() -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(2, h, 300, 64, generator=generator).to(device).requires_grad_() for h in (4, 2, 2))
+        q, k, v = (torch.randn(2, h, 300, 64, generator=generator).to(**kind).requires_grad_() for h in (4, 2, 2))
         out = fastattn.attention(q, k, v, causal=True, implementation=implementation)
         return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
 
-    return _differences(call)
+    torch.use_deterministic_algorithms(before or cuda)
+    try:
+        return _differences(call)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _norm_repeats(device: torch.device, implementation: str) -> str:

@@ -108,10 +108,12 @@ Tensor run_forward(AttentionParams& p, const AttentionInputs& x, const Tensor& q
   return out;
 }
 
-// dq, dk and dv of what the Hopper kernels take. dq is summed by blocks as they come, at five products each; where
-// torch is asked to be deterministic, in a fixed order at seven.
+// dq, dk and dv of what the Hopper kernels take. dq is summed by blocks as they come where that is taken; in a fixed
+// order where torch is asked to be deterministic.
 void run_backward_sm90(const AttentionBackwardParams& p, const Tensor& like, const StreamLaunch& launch) {
-  if (deterministic_algorithms()) return launch_attention_backward_sm90(p, launch);
+  if (deterministic_algorithms() || !attention_backward_sm90_sums_takes(p)) {
+    return launch_attention_backward_sm90(p, launch);
+  }
   Tensor sums = allocator(like)({attention_backward_sm90_sums(p)}, ScalarType::Float);
   torch::stable::zero_(sums);
   launch_attention_backward_sm90_sums(p, sums.mutable_data_ptr<float>(), launch);

@@ -36,7 +36,9 @@ void launch_attention_forward_sm90(const AttentionParams& p, int multiprocessors
 // forward takes with up to 128 channels and neither mask, slopes, softcap nor dropout, and no scale <= 0.
 bool attention_backward_sm90_takes(const AttentionBackwardParams& p);
 void launch_attention_backward_sm90(const AttentionBackwardParams& p, const StreamLaunch& launch);
-// The same, faster in products and in no fixed order: dq is summed in dq_sums, attention_backward_sm90_sums(p) zeros.
+// The same at fewer products and in no fixed order: dq is summed in dq_sums, attention_backward_sm90_sums(p) zeros.
+// Taken: up to 128 channels, neither mask, slopes, softcap nor dropout, and no scale <= 0.
+bool attention_backward_sm90_sums_takes(const AttentionBackwardParams& p);
 int64_t attention_backward_sm90_sums(const AttentionBackwardParams& p);
 void launch_attention_backward_sm90_sums(const AttentionBackwardParams& p, float* dq_sums, const StreamLaunch& launch);
 #else
@@ -44,6 +46,7 @@ inline bool attention_forward_sm90_takes(const AttentionParams&) { return false;
 inline void launch_attention_forward_sm90(const AttentionParams&, int, const StreamLaunch&) {}
 inline bool attention_backward_sm90_takes(const AttentionBackwardParams&) { return false; }
 inline void launch_attention_backward_sm90(const AttentionBackwardParams&, const StreamLaunch&) {}
+inline bool attention_backward_sm90_sums_takes(const AttentionBackwardParams&) { return false; }
 inline int64_t attention_backward_sm90_sums(const AttentionBackwardParams&) { return 0; }
 inline void launch_attention_backward_sm90_sums(const AttentionBackwardParams&, float*, const StreamLaunch&) {}
 #endif

@@ -4,12 +4,14 @@
 //   dv = pᵀ dout,   ds = p (dout vᵀ - delta),   dq = scale ds k,   dk = scale dsᵀ q
 //
 // Two kernels, one for dq and one for dk and dv, each with sums of its own in registers and in a fixed order: no
-// atomics, the same bits on every run, at seven products a block instead of five.
+// atomics, the same bits on every run, at seven products a block; attention_sm90_backward_sums.cuh is five.
 //
 // Both are the same kernel. A block owns 128 lines, 64 of each computing warpgroup: rows (q, dout) or keys (k, v). The
 // others, 64 lines at a time, pass through a ring that a producer fills: keys (k, v), or rows (q, dout) of every head
 // that shares the keys. s and dp are products of owned and passing lines, so that for keys they lie transposed, a lane
-// having two keys and a row in each of its columns; p and ds stay in registers and multiply the passing lines.
+// having two keys and a row in each of its columns; p and ds stay in registers and multiply the passing lines. What a
+// lane needs of passing rows, lse and delta, comes through the ring too, brought by a warp beside the producer's.
+// Exponentials run under the product of dp, ds under that of dv.
 //
 // Registers a thread: sums kD / 2 for each gradient, s and dp 32 each, p and ds 16 each; shared memory kSharedBytes.
 #pragma once

@@ -6,6 +6,10 @@
 namespace fastattn {
 namespace cuda {
 
+bool attention_backward_sm90_sums_takes(const AttentionBackwardParams& p) {
+  return attention_sm90_backward_sums_takes(p);
+}
+
 int64_t attention_backward_sm90_sums(const AttentionBackwardParams& p) { return attention_sm90_backward_sums(p); }
 
 void launch_attention_backward_sm90_sums(const AttentionBackwardParams& p, float* dq_sums, const StreamLaunch& launch) {

@@ -299,6 +299,11 @@ inline auto with_attention_sm90_sums_tile(const AttentionBackwardParams& p, cons
   return f(AttentionSm90SumsTile<128>());
 }
 
+// Of calls that attention_sm90_backward_takes.
+inline bool attention_sm90_backward_sums_takes(const AttentionBackwardParams& p) {
+  return attention_sm90_backward_takes(p) && PlainScores::takes(p) && std::max(p.head_dim, p.head_dim_v) <= 128;
+}
+
 // How many float32 zeros launch_attention_sm90_backward_sums takes.
 inline int64_t attention_sm90_backward_sums(const AttentionBackwardParams& p) {
   return with_attention_sm90_sums_tile(p, [&](auto tile) {
@@ -307,7 +312,7 @@ inline int64_t attention_sm90_backward_sums(const AttentionBackwardParams& p) {
   });
 }
 
-// dq, dk and dv of what attention_sm90_backward_takes, from lse and delta.
+// dq, dk and dv from lse and delta.
 template <class T, class MakeMap, class Launch>
 void launch_attention_sm90_backward_sums(const AttentionBackwardParams& p, float* dq_sums, const MakeMap& make_map,
                                          const Launch& launch) {

@@ -31,6 +31,9 @@ void launch_attention_sm80_backward(const AttentionBackwardParams& p, const Stre
 bool attention_forward_sm90_takes(const AttentionParams&) { return false; }
 void launch_attention_forward_sm90(const AttentionParams&, int, const StreamLaunch&) {}
 bool attention_backward_sm90_takes(const AttentionBackwardParams& p) { return attention_sm90_backward_takes(p); }
+bool attention_backward_sm90_sums_takes(const AttentionBackwardParams& p) {
+  return attention_sm90_backward_sums_takes(p);
+}
 int64_t attention_backward_sm90_sums(const AttentionBackwardParams& p) { return attention_sm90_backward_sums(p); }
 void launch_attention_backward_sm90(const AttentionBackwardParams& p, const StreamLaunch& launch) {
   hopper_backward = "in order";

@@ -40,8 +40,8 @@ TITLE = "# What nvcc makes of the CUDA kernels\n"
 #: Most shared memory of a block, static and dynamic (CUDA programming guide, technical specifications per compute capability).
 SHARED = {"80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90a": 227 << 10, "100": 227 << 10, "120": 99 << 10}
 #: What is counted in the machine code: products by warps and by warpgroups, bulk copies by the tensor memory accelerator into and
-#: out of shared memory, its additions to global memory, registers handed over between warpgroups, asynchronous copies, matrix loads,
-#: local memory.
+#: out of shared memory, its additions to global memory, registers handed over between warpgroups, asynchronous copies, loads of
+#: matrices, local memory.
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG", "LDGSTS", "LDSM", "LDL", "STL")
 #: Kernels beside the main loop: they multiply nothing.
 AUXILIARY = re.compile(r"delta|convert|merge|combine|reduce|_sum_|zero|fill|norm_|prepare|dropout|elementwise")

@@ -152,7 +152,7 @@ inline void tma_load_2d(void* to, const TensorMap& map, uint64_t* barrier, int c
 }
 
 // A thread's additions to global memory under way. What they add is read at their start, or (late_copies) when the
-// thread waits for that and all others have gone on; memory has it when the thread waits for that.
+// thread waits for that and the others have gone on; memory has it when the thread waits for that.
 struct HostAddition {
   float* to;
   const void* from;
@@ -165,6 +165,7 @@ struct HostAddition {
   }
 };
 inline std::vector<HostAddition> host_additions[1024];
+constexpr int kLateTurns = 40;  // of every other thread, enough to get to its next block of rows
 
 inline void bulk_add(float* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
@@ -179,7 +180,7 @@ inline void bulk_commit() {
   for (HostAddition& addition : host_additions[host_cuda::current]) addition.committed = true;
 }
 inline void bulk_wait_read() {
-  if (late_copies) ++host_cuda::progress, host_cuda::yield();
+  for (int turn = 0; late_copies && turn < kLateTurns; ++turn) ++host_cuda::progress, host_cuda::yield();
   for (HostAddition& addition : host_additions[host_cuda::current]) {
     if (addition.committed && !addition.read) addition.take();
   }

@@ -32,9 +32,9 @@ def _reference(call: Call, dout: Tensor, dlse: Tensor, dtype: torch.dtype) -> tu
 
 
 def _run(
-    kernels: ctypes.CDLL, call: Call, dout: Tensor, dlse: Tensor, in_order: bool, late_copies: bool
+    kernels: ctypes.CDLL, call: Call, dout: Tensor, sums: list[Tensor], in_order: bool, late_copies: bool
 ) -> list[Tensor] | None:
-    _, *sums = _reference(call, dout, dlse, torch.float64)
+    """Gradients of q, k and v from lse and delta; None: not taken."""
     lse, delta = (x.float().contiguous() for x in sums)
     grads = [torch.full(x.shape, math.nan, dtype=x.dtype) for x in call[:3]]
     if call.sequences is not None:  # what is no sequence's, as the operator leaves it
@@ -49,12 +49,24 @@ def _run(
     return grads if kernels.attention_sm90_backward(ctypes.byref(p), in_order, late_copies) else None
 
 
-def _check(kernels: ctypes.CDLL, call: Call, late_copies: bool = False) -> None:
+def _check(
+    kernels: ctypes.CDLL,
+    call: Call,
+    late_copies: bool = False,
+    unseen_rows: Tensor | None = None,
+    unseen_keys: Tensor | None = None,
+) -> None:
+    """Both forms against float64. Rows and keys that belong to no pair are NaN for the kernels."""
     dout = torch.randn(*call.q.shape[:3], call.v.shape[3]).to(call.q.dtype)
     dlse = torch.randn(call.q.shape[:3])
-    plain, exact = (_reference(call, dout, dlse, dtype)[0] for dtype in (call.q.dtype, torch.float64))
+    (plain, *_), (exact, *sums) = (_reference(call, dout, dlse, dtype) for dtype in (call.q.dtype, torch.float64))
+    spoilt = [x.clone() for x in (call.q, dout, sums[1], call.k, call.v)]
+    for x, unseen in zip(spoilt, [unseen_rows] * 3 + [unseen_keys] * 2, strict=True):
+        if unseen is not None:
+            x[:, :, unseen] = math.nan
+    call = call._replace(q=spoilt[0], k=spoilt[3], v=spoilt[4])
     for form, in_order in (("in order", True), ("by sums", False)):
-        actual = _run(kernels, call, dout, dlse, in_order, late_copies)
+        actual = _run(kernels, call, spoilt[1], [sums[0], spoilt[2]], in_order, late_copies)
         assert actual is not None, "not taken"
         for name, ours, peer, true in zip(("dq", "dk", "dv"), actual, plain, exact, strict=True):
             assert_accurate(ours, peer, true, f"{name} {form}", terms=max(call.q.shape[2], call.k.shape[2]))
@@ -106,10 +118,25 @@ def test_sequences(kernels: ctypes.CDLL) -> None:
         _check(kernels, call, late)
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (96, 80), (128, 128)], ids=str)
+def test_nan_that_no_one_sees(kernels: ctypes.CDLL, dims: tuple[int, int]) -> None:
+    q, k, v = projections((2, 1), 200, 260, dims)
+    # Rows before the diagonal, keys beyond it.
+    call = Call(q, k, v, softmax_scale=0.125, window_right=0, diagonal=-90)
+    _check(kernels, call, unseen_rows=torch.arange(200) < 90, unseen_keys=torch.arange(260) >= 110)
+    # Keys before every window; what lies before, between and after sequences.
+    extents = torch.tensor([(5, 70, 3, 150, 80), (80, 110, 160, 90, 0)])
+    rows, keys = torch.ones(200, dtype=torch.bool), torch.ones(260, dtype=torch.bool)
+    rows[5:75] = rows[80:190] = keys[63:153] = keys[160:250] = False
+    call = Call(q, k, v, softmax_scale=0.125, window_left=20, sequences=extents)
+    _check(kernels, call, unseen_rows=rows, unseen_keys=keys)
+
+
 def test_what_others_take(kernels: ctypes.CDLL) -> None:
-    dout, dlse = torch.randn(1, 1, 10, 64).bfloat16(), torch.zeros(1, 1, 10)
-    q, k, v = projections((1, 1), 10, 10, (64, 64))
-    assert _run(kernels, Call(q, k, v), dout, dlse, True, False) is not None
-    assert _run(kernels, Call(q, k, v, softcap=3.0), dout, dlse, True, False) is None
-    wide = projections((1, 1), 10, 10, (192, 64))
-    assert _run(kernels, Call(*wide), dout, dlse, True, False) is None
+    def takes(q: Tensor, k: Tensor, v: Tensor, **options: float) -> bool:
+        dout, sums = torch.randn(1, 1, 10, v.shape[3]).to(q.dtype), [torch.zeros(1, 1, 10)] * 2
+        return _run(kernels, Call(q, k, v, **options), dout, sums, True, False) is not None
+
+    narrow = projections((1, 1), 10, 10, (64, 64))
+    assert takes(*narrow) and not takes(*narrow, softcap=3.0)
+    assert not takes(*projections((1, 1), 10, 10, (192, 64)))
