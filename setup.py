@@ -70,16 +70,11 @@ def cuda_architectures() -> list[str]:
 
 
 def cuda_sources(archs: list[str]) -> dict[Path, list[str]]:
-    """Each .cu with the architectures that it is compiled for, which its name decides.
-
-    ``*_sm90*`` needs 90a and is left out without it; ``*_sm80*`` (mma.sync) is for all others, or for 90a where that is
-    alone; any other file is for all.
-    """
-    others = [arch for arch in archs if arch != "90a"] or archs
+    """Each .cu with the architectures that it is compiled for: ``*_sm90*`` needs 90a and is left out without it."""
     found = {}
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         if "_sm90" not in source.stem:
-            found[source] = others if "_sm80" in source.stem else archs
+            found[source] = archs
         elif "90a" in archs:
             found[source] = ["90a"]
     return found

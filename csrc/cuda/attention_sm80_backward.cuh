@@ -117,6 +117,8 @@ __device__ inline void differentiate(const AttentionParams& p, const AttentionTi
                                      int column, bool tested, const float (&lse2)[2], const float (&delta)[2],
                                      const float* column_lse2, const float* column_delta, float (&s)[kCount],
                                      float (&ds)[kCount], float (&distances)[2]) {
+  // Of keys and values: with a branch around the test ptxas spills 128 channels on sm_90.
+  tested |= kGeneral && kTransposed;
   uint32_t kept = ~0u;
   if constexpr (kGeneral) kept = kept_pairs<kTransposed, kCount>(p, at, line, column);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
