@@ -1,4 +1,4 @@
-"""fastattn on sharded tensors: importing this package tells DTensor how operators may be split (but for the losses).
+"""fastattn on sharded tensors: importing this package tells DTensor how operators may be split.
 
 >>> import fastattn.distributed
 >>> out = fastattn.attention(q, k, v)   # DTensors, split along batch or heads: no communication

@@ -3,14 +3,17 @@
 A rule is a pair (placements of the results, placements of the arguments), None for an argument that is no tensor; DTensor picks
 the one that costs the least communication. Shapes and arguments are those of ``SCHEMAS``. Besides replicating everything:
 
-    attention      batch; heads, where every rank gets whole groups of query heads (Shoeybi et al., "Megatron-LM", 2019)
+    attention      batch; heads, where every rank gets whole groups of query heads (Shoeybi et al., "Megatron-LM", 2019);
+                   its weights likewise
     norms          rows
     linear         rows; outputs (column parallel); inputs (row parallel: the result is a partial sum)
     ffn, glu_ffn   rows; hidden features (column then row parallel: the output is a partial sum)
     rope           batch; heads
+    losses         rows, with reduction sum or none: ``cross_entropy`` takes a mean as that sum over the number of tokens
 
-Gradients of what a rule replicates are partial sums. Dropout is refused: the mask is drawn by the element's index in the whole
-tensor, which a rank does not know.
+Logits that are split along classes come together, by rows or whole, and so does a head's weight. Gradients of what a rule
+replicates are partial sums. Dropout is refused: the mask is drawn by the element's index in the whole tensor, which a rank
+does not know.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
+
+from fastattn.reference.loss import REDUCTIONS
 
 __all__ = ["register"]
 
@@ -113,6 +118,21 @@ def _attention_backward(*arguments: Any) -> list[Rule]:
     if _splits_groups(q, k):
         by_heads = (_given(slopes, _S1), _S1 if slopes_grad else _R), (_given(sinks, _S0), _S0 if sinks_grad else _R)
         rules.append(rule(_S1, Shard(2), 1, *by_heads))
+    return rules
+
+
+def _attention_weights(*arguments: Any) -> list[Rule]:
+    q, k, _, mask, slopes = arguments[:5]
+    _refuse_dropout("attention_weights", arguments[10])
+    rest = [None] * (len(arguments) - 5)
+    rules = [
+        _replicated("attention_weights", 1, arguments),
+        ([_S0], [_S0, _S0, _S0, _along(mask, 0), _along(slopes, 0), *rest]),
+    ]
+    if _splits_groups(q, k):
+        # The mean over a rank's heads is averaged over ranks, which have as many each.
+        result = Partial("avg") if arguments[12] else _S1
+        rules.append(([result], [_S1, _S1, _S1, _along(mask, 1), _given(slopes, _S1), *rest]))
     return rules
 
 
@@ -216,10 +236,55 @@ def _rope(x: Any, cos: Any, sin: Any, interleaved: bool, conjugate: bool) -> lis
     ]
 
 
+def _of_rows(reduction: int) -> tuple[Any, Any] | None:
+    """Placements of the loss and of its gradient where rows are split; None for a mean, which a rank cannot take alone."""
+    return {"none": (_S0, _S0), "sum": (Partial(), _R), "mean": None}[REDUCTIONS[reduction]]
+
+
+def _cross_entropy_forward(*arguments: Any) -> list[Rule]:
+    class_weight, reduction = arguments[2], arguments[7]
+    rules = [_replicated("cross_entropy_forward", 2, arguments)]
+    if by_rows := _of_rows(reduction):
+        rules.append(([by_rows[0], _S1], [_S0, _S0, _given(class_weight, _R), *[None] * 5]))
+    return rules
+
+
+def _cross_entropy_backward(*arguments: Any) -> list[Rule]:
+    class_weight, reduction = arguments[3], arguments[9]
+    rules = [_replicated("cross_entropy_backward", 1, arguments)]
+    if by_rows := _of_rows(reduction):
+        rules.append(([_S0], [by_rows[1], _S0, _S0, _given(class_weight, _R), _S1, *[None] * 5]))
+    return rules
+
+
+def _linear_loss_gradients(wanted: Sequence[bool]) -> list[Any]:
+    """Placements of dx, dweight, dbias where rows are split."""
+    return [placement if want else _R for placement, want in zip((_S0, Partial(), Partial()), wanted, strict=True)]
+
+
+def _linear_cross_entropy_forward(*arguments: Any) -> list[Rule]:
+    bias, reduction, wanted = arguments[2], arguments[8], arguments[9:]
+    rules = [_replicated("linear_cross_entropy_forward", 5, arguments)]
+    if by_rows := _of_rows(reduction):
+        inputs = [_S0, _R, _given(bias, _R), _S0, *[None] * 8]
+        rules.append(([by_rows[0], _S1, *_linear_loss_gradients(wanted)], inputs))
+    return rules
+
+
+def _linear_cross_entropy_backward(*arguments: Any) -> list[Rule]:
+    bias, reduction, wanted = arguments[3], arguments[10], arguments[11:]
+    rules = [_replicated("linear_cross_entropy_backward", 3, arguments)]
+    if by_rows := _of_rows(reduction):
+        inputs = [by_rows[1], _S0, _R, _given(bias, _R), _S0, _S1, *[None] * 8]
+        rules.append((_linear_loss_gradients(wanted), inputs))
+    return rules
+
+
 _RULES = {
     "attention_forward": _attention_forward,
     "attention_inference": _attention_inference,
     "attention_backward": _attention_backward,
+    "attention_weights": _attention_weights,
     "norm_forward": _norm_forward,
     "norm_inference": _norm_inference,
     "norm_backward": _norm_backward,
@@ -228,6 +293,10 @@ _RULES = {
     "ffn_forward": _ffn_forward,
     "ffn_backward": _ffn_backward,
     "rope": _rope,
+    "cross_entropy_forward": _cross_entropy_forward,
+    "cross_entropy_backward": _cross_entropy_backward,
+    "linear_cross_entropy_forward": _linear_cross_entropy_forward,
+    "linear_cross_entropy_backward": _linear_cross_entropy_backward,
 }
 
 

@@ -7,6 +7,7 @@ inside autograd.Function, forward mode and the torch.func transforms alike.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,6 +88,15 @@ def first_result(function: type[torch.autograd.Function]) -> Callable[..., Tenso
     return super(torch.autograd.Function, eager).apply  # type: ignore[misc]
 
 
+def beside_sharded(*tensors: Tensor | None) -> contextlib.AbstractContextManager[None]:
+    """Where the reference computes with sharded tensors (DTensor): what it makes itself (positions, masks) is on every rank."""
+    if torch.compiler.is_compiling() or not any(hasattr(x, "placements") for x in tensors):
+        return contextlib.nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
+
+
 def _of_moving(formula: Formula, inputs: OptionalTensors, moving: Sequence[bool], outputs: Sequence[bool]) -> Formula:
     """``formula`` as a function of the moving inputs only, giving the chosen outputs only."""
 
@@ -134,11 +144,12 @@ def pullback_of_gradient(
         _, pull = torch.func.vjp(function, *values[: len(moving)])  # type: ignore[misc]
         return pull(tuple(values[len(moving) :]))
 
-    results, pull = torch.func.vjp(gradient, *moving, *rising)  # type: ignore[misc]
-    arriving = [up for up, want in zip(upstream, wanted, strict=True) if want]
-    pulled = iter(
-        pull(tuple(torch.zeros_like(r) if up is None else up for r, up in zip(results, arriving, strict=True)))
-    )
+    with beside_sharded(*moving, *rising):
+        results, pull = torch.func.vjp(gradient, *moving, *rising)  # type: ignore[misc]
+        arriving = [up for up, want in zip(upstream, wanted, strict=True) if want]
+        pulled = iter(
+            pull(tuple(torch.zeros_like(r) if up is None else up for r, up in zip(results, arriving, strict=True)))
+        )
     onto_inputs = [next(pulled) if want else None for want in wanted]
     return onto_inputs, [None if c is None else next(pulled) for c in cotangents]
 

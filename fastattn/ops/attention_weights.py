@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import _validate
-from fastattn.ops._derivatives import apply, forward_mode, pushforward, wants_gradient
+from fastattn.ops._derivatives import apply, beside_sharded, forward_mode, pushforward, wants_gradient
 from fastattn.ops._library import products
 from fastattn.ops._select import choose
 from fastattn.ops.attention import _check_mask, _check_per_head, _check_qkv, _Options, _options
@@ -52,8 +52,9 @@ class _AttentionWeights(torch.autograd.Function):
             arriving = iter(values)
             return ctx.formula(*(next(arriving) if need else x for x, need in zip(inputs, needs, strict=True)))[0]
 
-        _, pull = torch.func.vjp(formula, *moving)  # type: ignore[misc]
-        pulled = iter(pull(dweights))
+        with beside_sharded(*inputs):
+            _, pull = torch.func.vjp(formula, *moving)  # type: ignore[misc]
+            pulled = iter(pull(dweights))
         return (*(next(pulled) if need else None for need in needs), *[None] * (2 + ctx.options))
 
 

@@ -50,6 +50,10 @@ class _Options(NamedTuple):
     def named(self) -> dict[str, Any]:
         return self._asdict() | {"reduction": REDUCTIONS[self.reduction]}
 
+    def of_sharded(self, rows: Tensor) -> bool:
+        """Whether this is a mean over rows on several ranks (DTensor): the sum, which ranks can add, over their number."""
+        return REDUCTIONS[self.reduction] == "mean" and hasattr(rows, "placements")
+
 
 def _formula(target: Tensor, class_weight: Tensor | None, options: _Options) -> Any:
     return lambda logits: (reference.cross_entropy(logits, target, class_weight, **options.named()),)
@@ -271,6 +275,9 @@ def cross_entropy(
     chosen = choose("cross_entropy", implementation, logits.device, why_not)
     if chosen == "reference":
         return reference.cross_entropy(logits, target, weight, **options.named())
+    if options.of_sharded(logits):
+        total = cross_entropy(logits, target, weight, implementation=chosen, **options.named() | {"reduction": "sum"})
+        return total / _number(target, ignore_index, weight, total)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     arguments = (chosen == "triton", logits, target, weight, *options)
@@ -328,6 +335,10 @@ def linear_cross_entropy(
     chosen = choose("linear_cross_entropy", implementation, x.device, why_not)
     if chosen == "reference":
         return reference.linear_cross_entropy(x, weight, target, bias, **options.named())
+    if options.of_sharded(x):
+        asked = options.named() | {"reduction": "sum", "implementation": chosen}
+        total = linear_cross_entropy(x, weight, target, bias, **asked)
+        return total / _number(target, ignore_index, None, total)
     matrices = (
         x.reshape(math.prod(shape), x.shape[-1]).contiguous(),
         weight.contiguous(),
@@ -342,6 +353,14 @@ def linear_cross_entropy(
     else:
         loss = _LinearCrossEntropy.forward(chosen == "triton", *matrices, target.reshape(-1), *options, *wanted)[0]
     return loss.reshape(shape) if reduction == "none" else loss
+
+
+def _number(target: Tensor, ignore_index: int, class_weight: Tensor | None, like: Tensor) -> Tensor:
+    """What the mean divides by: how many tokens are not ignored, by weight."""
+    counts = target != ignore_index
+    if class_weight is None:
+        return counts.sum().to(like.dtype)
+    return (class_weight[torch.where(counts, target, 0)] * counts).sum()
 
 
 def _class_indices(target: Tensor, shape: tuple[int, ...], like: Tensor, like_name: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,9 +41,10 @@ def compare(
     call: Callable[..., Any],
     tensors: Sequence[Tensor | None],
     placements: Sequence[Placement | None],
-    expected: Placement,
+    expected: Placement | None,
 ) -> None:
-    """``call`` on tensors split as ``placements``: results and gradients of the whole ones, the first result ``expected``."""
+    """``call`` on tensors split as ``placements``: results and gradients of the whole ones, the first result ``expected``
+    (None: placed anyhow)."""
     whole = [None if t is None else t.clone().requires_grad_() for t in tensors]
     split = [
         None if t is None else distribute_tensor(t, mesh, [p]).requires_grad_()
@@ -50,7 +52,7 @@ def compare(
     ]
     results, sharded = call(*whole), call(*split)
     results, sharded = ((r if isinstance(r, tuple) else (r,)) for r in (results, sharded))
-    assert sharded[0].placements == (expected,), f"{sharded[0].placements}, expected {expected}"
+    assert expected is None or sharded[0].placements == (expected,), f"{sharded[0].placements}, expected {expected}"
     generator = torch.Generator().manual_seed(3)
     cotangents = [torch.randn(r.shape, generator=generator) for r in results]
     pushed = [distribute_tensor(c, mesh, [R]) for c in cotangents]
@@ -165,8 +167,96 @@ def rope_by_batch_and_heads(mesh: DeviceMesh) -> None:
         compare(mesh, call, (draw(2, 4, 5, 8),), (split,), split)
 
 
-def distribute(t: Tensor, like: Tensor, mesh: DeviceMesh) -> Tensor:
-    return distribute_tensor(t, mesh, [R]) if isinstance(like, DTensor) else t
+@check
+def losses_by_rows(mesh: DeviceMesh) -> None:
+    logits, x, head, bias = draw(6, 11), draw(6, 8), draw(11, 8), draw(11)
+    target, classes = torch.tensor([3, 10, -100, 0, 5, 5]), draw(11).abs()
+    options: list[dict[str, Any]] = [{}, {"label_smoothing": 0.1, "softcap": 3.0, "z_loss": 0.1}]
+    for reduction, expected in (("none", S0), ("sum", Partial()), ("mean", None)):
+        for given in options:
+            given = given | {"reduction": reduction}
+
+            def loss(z: Tensor, given: Any = given, weight: Tensor | None = None) -> Tensor:
+                return fastattn.cross_entropy(z, distribute(target, z, mesh, S0), weight, **given)
+
+            def weighted(z: Tensor, loss: Any = loss) -> Tensor:
+                return loss(z, weight=distribute(classes, z, mesh))
+
+            def linear(x: Tensor, w: Tensor, b: Tensor | None = None, given: Any = given) -> Tensor:
+                return fastattn.linear_cross_entropy(x, w, distribute(target, x, mesh, S0), b, **given)
+
+            compare(mesh, loss, (logits,), (S0,), expected)
+            compare(mesh, weighted, (logits,), (S0,), expected)
+            compare(mesh, linear, (x, head), (S0, R), expected)
+            compare(mesh, linear, (x, head, bias), (S0, R, R), expected)
+            # Split along classes: gathered.
+            compare(mesh, loss, (logits,), (S1,), None)
+            compare(mesh, linear, (x, head, bias), (R, S0, S0), None)
+
+
+@check
+def a_mean_loss_of_sharded_rows_gathers_no_logits(mesh: DeviceMesh) -> None:
+    x, head, target = draw(6, 8), draw(11, 8), torch.tensor([3, 10, -100, 0, 5, 5])
+    split = [distribute_tensor(t, mesh, [p]).requires_grad_() for t, p in ((x, S0), (head, R))]
+    rows = distribute_tensor(target, mesh, [S0])
+    with CommDebugMode() as communication:
+        fastattn.cross_entropy(split[0] @ split[1].T, rows)
+        fastattn.linear_cross_entropy(*split, rows)
+    assert not any("gather" in str(op) for op in communication.get_comm_counts()), communication.get_comm_counts()
+
+
+@check
+def attention_weights_by_batch_and_heads(mesh: DeviceMesh) -> None:
+    q, k, mask, slopes = draw(2, 4, 7, 8), draw(2, 2, 9, 8), draw(2, 1, 7, 9), draw(2, 4).abs()
+    _, lse = fastattn.attention(q, k, k, attn_mask=mask, causal=True, alibi_slopes=slopes, return_lse=True)
+    for average in (False, True):
+
+        def call(q: Tensor, k: Tensor, lse: Tensor, mask: Tensor, slopes: Tensor, average: bool = average) -> Tensor:
+            options: dict[str, Any] = {"attn_mask": mask, "alibi_slopes": slopes, "average_heads": average}
+            return fastattn.attention_weights(q, k, lse, causal=True, **options)
+
+        by_heads = Partial("avg") if average else S1
+        compare(mesh, call, (q, k, lse, mask, slopes), (S0, S0, S0, S0, S0), S0)
+        compare(mesh, call, (q, k, lse, mask.repeat(1, 4, 1, 1), slopes), (S1, S1, S1, S1, S1), by_heads)
+        compare(mesh, call, (q, k, lse, mask[:1], slopes[0]), (S1, S1, S1, R, S0), by_heads)
+        with torch.no_grad():
+            one = [distribute_tensor(t, mesh, [p]) for t, p in ((q, S1), (k[:, :1], R), (lse, S1))]
+            whole = fastattn.attention_weights(q, k[:, :1], lse, average_heads=average)
+            torch.testing.assert_close(
+                fastattn.attention_weights(*one, average_heads=average).full_tensor(), whole, rtol=1e-5, atol=1e-6
+            )
+
+
+@check
+def double_backward(mesh: DeviceMesh) -> None:
+    """The gradient of a gradient's norm, through the reference: its own constants are on every rank."""
+    q, k, v, x, w = draw(2, 4, 7, 8), draw(2, 2, 9, 8), draw(2, 2, 9, 6), draw(4, 8), draw(8)
+    up, down, target = draw(12, 8), draw(8, 12), torch.tensor([1, 5, -100, 0])
+
+    def loss(x: Tensor) -> Tensor:
+        return fastattn.cross_entropy(x, distribute(target, x, mesh, S0))
+
+    calls: list[tuple[Callable[..., Tensor], Sequence[Tensor], Sequence[Placement]]] = [
+        (lambda q, k, v: fastattn.attention(q, k, v, causal=True), (q, k, v), (S0, S0, S0)),
+        (lambda q, k, v: fastattn.attention(q, k, v, causal=True), (q, k, v), (S1, S1, S1)),
+        (lambda x, w: fastattn.rms_norm(x, (8,), w), (x, w), (S0, R)),
+        (fastattn.ffn, (x, up, down), (S0, R, R)),
+        (fastattn.linear, (x, up), (S0, R)),
+        (loss, (x,), (S0,)),
+    ]
+    for call, tensors, placements in calls:
+        whole = [t.clone().requires_grad_() for t in tensors]
+        split = [distribute_tensor(t, mesh, [p]).requires_grad_() for t, p in zip(tensors, placements, strict=True)]
+        second = []
+        for leaves in (whole, split):
+            first = torch.autograd.grad(call(*leaves).square().sum(), leaves, create_graph=True)
+            second.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))  # type: ignore[arg-type]
+        for mine, expected in zip(second[1], second[0], strict=True):
+            torch.testing.assert_close(mine.full_tensor(), expected, rtol=1e-3, atol=1e-4)
+
+
+def distribute(t: Tensor, like: Tensor, mesh: DeviceMesh, placement: Placement = R) -> Tensor:
+    return distribute_tensor(t, mesh, [placement]) if isinstance(like, DTensor) else t
 
 
 def _model() -> nn.Module:
