@@ -169,5 +169,30 @@ __device__ inline uint32_t kept_pairs(const AttentionParams& p, const PairPlace&
   return kept;
 }
 
+// From the products of a tile, s and ds, to P z and, of dq and dk (kScore: of the mask), dS. `line` and `column` are
+// the first of the warp's fragment; lse and delta of a line are given, those of columns (kTransposed) in shared memory.
+template <bool kGeneral, bool kTransposed, bool kScore, int kCount>
+__device__ inline void differentiate_pairs(const AttentionParams& p, const AttentionTile& own, const PairPlace& at,
+                                           int line, int column, bool tested, const float (&lse2)[2],
+                                           const float (&delta)[2], const float* column_lse2, const float* column_delta,
+                                           float (&s)[kCount], float (&ds)[kCount], float (&distances)[2]) {
+  uint32_t kept = ~0u;
+  if constexpr (kGeneral) kept = kept_pairs<kTransposed, kCount>(p, at, line, column);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int half = i / 2 % 2, l = line + g + 8 * half, offset = i / 4 * 8 + 2 * t + i % 2, c = column + offset;
+    const int row = kTransposed ? c : l, key = kTransposed ? l : c;
+    const PairGradient pair = pair_gradient<kGeneral>(p, own, at, row, key, tested, (kept >> i & 1) != 0, s[i], ds[i],
+                                                      kTransposed ? column_lse2[offset] : lse2[half],
+                                                      kTransposed ? column_delta[offset] : delta[half]);
+    s[i] = pair.weight;
+    ds[i] = kScore ? pair.at_score : pair.at_product;
+    if constexpr (kGeneral && !kTransposed && !kScore) {
+      distances[half] -= pair.at_score * fabsf(static_cast<float>(row + own.diagonal - key));
+    }
+  }
+}
+
 }  // namespace cuda
 }  // namespace fastattn

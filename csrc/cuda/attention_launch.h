@@ -33,11 +33,11 @@ void launch_attention_row_sums(const AttentionBackwardParams& p, const StreamLau
 bool attention_forward_sm90_takes(const AttentionParams& p);
 void launch_attention_forward_sm90(const AttentionParams& p, int multiprocessors, const StreamLaunch& launch);
 // dq, dk and dv from p.lse and p.delta (of each row dout.out - dlse, in float32, lying as lse does). Taken: what
-// forward takes with up to 128 channels and neither mask, slopes, softcap nor dropout, and no scale <= 0.
+// forward takes with up to 128 channels, and no dmask. Each row's part of the slopes' gradients too.
 bool attention_backward_sm90_takes(const AttentionBackwardParams& p);
 void launch_attention_backward_sm90(const AttentionBackwardParams& p, const StreamLaunch& launch);
 // The same at fewer products and in no fixed order: dq is summed in dq_sums, attention_backward_sm90_sums(p) zeros.
-// Taken: up to 128 channels, neither mask, slopes, softcap nor dropout, and no scale <= 0.
+// Taken: all of that without the slopes' gradients.
 bool attention_backward_sm90_sums_takes(const AttentionBackwardParams& p);
 int64_t attention_backward_sm90_sums(const AttentionBackwardParams& p);
 void launch_attention_backward_sm90_sums(const AttentionBackwardParams& p, float* dq_sums, const StreamLaunch& launch);

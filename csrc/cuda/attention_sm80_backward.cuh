@@ -110,33 +110,6 @@ struct BackwardTiles {
   __device__ uint32_t* words() const { return reinterpret_cast<uint32_t*>(statistics(2, 0)); }
 };
 
-// From the products of a tile, s and ds, to P z and, of dq and dk (kScore: of the mask), dS. `line` and `column` are
-// the first of the warp's fragment; lse and delta of a line are given, those of columns (kTransposed) in shared memory.
-template <bool kGeneral, bool kTransposed, bool kScore, int kCount>
-__device__ inline void differentiate(const AttentionParams& p, const AttentionTile& own, const PairPlace& at, int line,
-                                     int column, bool tested, const float (&lse2)[2], const float (&delta)[2],
-                                     const float* column_lse2, const float* column_delta, float (&s)[kCount],
-                                     float (&ds)[kCount], float (&distances)[2]) {
-  // Of keys and values: with a branch around the test ptxas spills 128 channels on sm_90.
-  tested |= kGeneral && kTransposed;
-  uint32_t kept = ~0u;
-  if constexpr (kGeneral) kept = kept_pairs<kTransposed, kCount>(p, at, line, column);
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int half = i / 2 % 2, l = line + g + 8 * half, offset = i / 4 * 8 + 2 * t + i % 2, c = column + offset;
-    const int row = kTransposed ? c : l, key = kTransposed ? l : c;
-    const PairGradient pair = pair_gradient<kGeneral>(p, own, at, row, key, tested, (kept >> i & 1) != 0, s[i], ds[i],
-                                                      kTransposed ? column_lse2[offset] : lse2[half],
-                                                      kTransposed ? column_delta[offset] : delta[half]);
-    s[i] = pair.weight;
-    ds[i] = kScore ? pair.at_score : pair.at_product;
-    if constexpr (kGeneral && !kTransposed && !kScore) {
-      distances[half] -= pair.at_score * fabsf(static_cast<float>(row + own.diagonal - key));
-    }
-  }
-}
-
 template <class T, int kD, bool kGeneral, Sm80Gradient kOf>
 struct BackwardSm80Block {
   using Shape = BackwardSm80<kD>;
@@ -224,13 +197,14 @@ struct BackwardSm80Block {
 
   __device__ void add(int step, int buffer) {
     const int member = step / (end - begin), first = (begin + step % (end - begin)) * kRows;
-    const bool tested = first < whole.begin || first + kRows > whole.end;
+    // Of keys and values always: with a branch around the test ptxas spills 128 channels on sm_90.
+    const bool tested = (kGeneral && kTransposed) || first < whole.begin || first + kRows > whole.end;
     float s[1][kRows / 2] = {}, ds[1][kRows / 2] = {};
     multiply_rows<T, kD, kLines, kRows, 1>(tiles.fixed(0), warp_line, tiles.moving(buffer, 0), s);
     if constexpr (kOfScores) {
       multiply_rows<T, kD, kLines, kRows, 1>(tiles.fixed(1), warp_line, tiles.moving(buffer, 1), ds);
     }
-    differentiate<kGeneral, kTransposed, false>(
+    differentiate_pairs<kGeneral, kTransposed, false>(
         p, own, pair_place(p, own.batch, head + member), own.first_line + warp_line, first, tested, lse2, delta,
         tiles.statistics(buffer, 0), tiles.statistics(buffer, 1), s[0], ds[0], distances);
     if constexpr (kOfValues) multiply_columns<T, kD, kRows, 1>(s, tiles.moving(buffer, 1), acc_v);

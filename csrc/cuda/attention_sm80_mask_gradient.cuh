@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(BackwardSm80<kD>::kThreads)
     float s[1][kRows / 2] = {}, ds[1][kRows / 2] = {};
     multiply_rows<T, kD, kLines, kRows, 1>(tiles.fixed(0), warp_line, tiles.moving(0, 0), s);
     multiply_rows<T, kD, kLines, kRows, 1>(tiles.fixed(1), warp_line, tiles.moving(0, 1), ds);
-    differentiate<true, false, true>(p, own, pair_place(p, own.batch, own.group), own.first_line + warp_line, first_key,
-                                     true, lse2, delta, nullptr, nullptr, s[0], ds[0], distances);
+    differentiate_pairs<true, false, true>(p, own, pair_place(p, own.batch, own.group), own.first_line + warp_line,
+                                           first_key, true, lse2, delta, nullptr, nullptr, s[0], ds[0], distances);
 #pragma unroll
     for (int i = 0; i < kRows / 2; ++i) total[i] += ds[0][i];
   }

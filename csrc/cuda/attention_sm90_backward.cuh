@@ -1,7 +1,9 @@
-// Gradients of q, k and v on TMA and wgmma (sm_90a), for plain scores (attention_score.cuh) and up to 128 channels.
+// Gradients of q, k and v, and each row's part of the slopes', on TMA and wgmma (sm_90a), up to 128 channels.
 // With p = exp(s - lse) of forward and delta = dout.out - dlse of each row:
 //
 //   dv = pᵀ dout,   ds = p (dout vᵀ - delta),   dq = scale ds k,   dk = scale dsᵀ q
+//
+// and what attention_gradient.cuh adds to it for general scores (attention_score.cuh).
 //
 // Two kernels, one for dq and one for dk and dv, each with sums of its own in registers and in a fixed order: no
 // atomics, the same bits on every run, at seven products a block; attention_sm90_backward_sums.cuh is five.
@@ -11,7 +13,7 @@
 // that shares the keys. s and dp are products of owned and passing lines, so that for keys they lie transposed, a lane
 // having two keys and a row in each of its columns; p and ds stay in registers and multiply the passing lines. What a
 // lane needs of passing rows, lse and delta, comes through the ring too, brought by a warp beside the producer's.
-// Exponentials run under the product of dp, ds under that of dv.
+// Of plain scores exponentials run under the product of dp, ds under that of dv.
 //
 // Registers a thread: sums kD / 2 for each gradient, s and dp 32 each, p and ds 16 each; shared memory kSharedBytes.
 #pragma once
@@ -57,8 +59,10 @@ struct AttentionSm90BackwardWork {
     const int64_t extent = Tile::kForKeys ? p.rows : p.keys;
     work.zero_from = work.passing_start + work.seen.end < extent ? work.seen.end : INT32_MAX;
     for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
-      const int from = work.first + 64 * consumer, to = from + 63 < work.lines ? from + 63 : work.lines - 1;
+      const int from = work.first + 64 * consumer, to = from + 63;
       work.all[consumer] = {work.template seen_by<Tile>(p, to).begin, work.template seen_by<Tile>(p, from).end};
+      // Lines beyond the last: the mask has no place for them, and weights of keys are terms of dq.
+      if (to >= work.lines) work.all[consumer] = {0, 0};
     }
     return work;
   }
@@ -202,7 +206,7 @@ __device__ inline void attention_sm90_produce_row_sums(const AttentionSm90Backwa
 }
 
 // A computing warpgroup: its 64 owned lines against all passing ones.
-template <class T, class Tile>
+template <class T, class Tile, class Scores>
 struct AttentionSm90BackwardConsumer {
   using Memory = AttentionSm90BackwardMemory<Tile>;
   const AttentionSm90BackwardCall& p;
@@ -275,6 +279,24 @@ struct AttentionSm90BackwardConsumer {
     }
   }
 
+  // Of any scores: s in, weights out; dp in, ds out, at q.k; of the lane's rows what the slopes' gradient takes.
+  __device__ void weigh_general(int head, int stage, int first, float (&s)[Tile::kKeys / 2],
+                                float (&dp)[Tile::kKeys / 2], float (&distances)[2]) const {
+    const bool tested = first < work.all[consumer].begin || first + Tile::kKeys > work.all[consumer].end;
+    const float lse[2] = {own_sums[0].lse, own_sums[1].lse}, delta[2] = {own_sums[0].delta, own_sums[1].delta};
+    const float* const rows = Memory::row_sums(stage);
+    const int line = work.first + 64 * consumer + warpgroup_thread() / 32 * 16;
+    const PairPlace place = pair_place(p, work.tile.batch, head);
+    // As many as dropout's bits are at a time: 64 passing lines.
+#pragma unroll
+    for (int part = 0; part < Tile::kKeys / 2; part += 32) {
+      differentiate_pairs<true, Tile::kForKeys, false>(p, work.tile, place, line, first + 2 * part, tested, lse, delta,
+                                                       rows + 2 * part, rows + Tile::kKeys + 2 * part,
+                                                       reinterpret_cast<float (&)[32]>(s[part]),
+                                                       reinterpret_cast<float (&)[32]>(dp[part]), distances);
+    }
+  }
+
   // dp in, ds out.
   __device__ void differentiate(int stage, const float (&weights)[Tile::kKeys / 2],
                                 float (&dp)[Tile::kKeys / 2]) const {
@@ -292,8 +314,8 @@ struct AttentionSm90BackwardConsumer {
   }
 
   // first_sum: of dk or dq, but for the scale; second_sum: of dv.
-  __device__ void attend(float (&first_sum)[Tile::kD / 2],
-                         float (&second_sum)[Tile::kForKeys ? Tile::kD / 2 : 1]) const {
+  __device__ void attend(float (&first_sum)[Tile::kD / 2], float (&second_sum)[Tile::kForKeys ? Tile::kD / 2 : 1],
+                         float (&distances)[2]) const {
     RingPlace<Tile::kStages> place;
     mbarrier_wait(Memory::ready(), 0);
 #pragma unroll 1
@@ -306,16 +328,23 @@ struct AttentionSm90BackwardConsumer {
         zero_unseen(block * Tile::kKeys, place.stage);
         attention_sm90_scores<T, Tile>(s, Memory::owned(0, consumer), Memory::passing(0, place.stage));
         attention_sm90_scores<T, Tile>(dp, Memory::owned(1, consumer), Memory::passing(1, place.stage));
-        wgmma_wait<1>();
+        wgmma_wait<Scores::kGeneral ? 0 : 1>();
         wgmma_fence_sums(s);
-        weigh(place.stage, block * Tile::kKeys, s);
+        if constexpr (Scores::kGeneral) {
+          wgmma_fence_sums(dp);
+          weigh_general(Tile::kForKeys ? head : work.head, place.stage, block * Tile::kKeys, s, dp, distances);
+        } else {
+          weigh(place.stage, block * Tile::kKeys, s);
+        }
         if constexpr (Tile::kForKeys) {
           pack(s, weights);
           attention_sm90_values<T, Tile>(second_sum, weights, Memory::passing(1, place.stage));
         }
-        wgmma_wait<Tile::kForKeys>();
-        wgmma_fence_sums(dp);
-        differentiate(place.stage, s, dp);
+        if constexpr (!Scores::kGeneral) {
+          wgmma_wait<Tile::kForKeys>();
+          wgmma_fence_sums(dp);
+          differentiate(place.stage, s, dp);
+        }
         pack(dp, gradients);
         attention_sm90_values<T, Tile>(first_sum, gradients, Memory::passing(0, place.stage));
         wgmma_wait<0>();
@@ -323,6 +352,15 @@ struct AttentionSm90BackwardConsumer {
         if constexpr (Tile::kForKeys) wgmma_fence_sums(second_sum);
         if (warpgroup_thread() % 32 == 0) mbarrier_arrive(Memory::empty(place.stage));
       }
+    }
+  }
+
+  __device__ void store_distances(const float (&distances)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float total = quad_reduce(distances[i], [](float x, float y) { return x + y; });
+      const int64_t row = work.tile.batch * p.row_stride[0] + work.head * p.row_stride[1] + work.start + line(i);
+      if (line(i) < work.lines && threadIdx.x % 4 == 0) static_cast<float*>(p.slope_rows)[row] = total;
     }
   }
 
@@ -345,7 +383,7 @@ __device__ inline int consumer_of_warp() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128 - 1, 0);
 }
 
-template <class T, class Tile>
+template <class T, class Tile, class Scores>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_sm90_backward_kernel(const __grid_constant__ AttentionSm90BackwardCall p,
                                    const __grid_constant__ AttentionSm90BackwardMaps maps) {
@@ -362,20 +400,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     return;
   }
   set_max_registers_up<Tile::kConsumerRegisters>();
-  const AttentionSm90BackwardConsumer<T, Tile> own(p, work, consumer_of_warp());
+  const AttentionSm90BackwardConsumer<T, Tile, Scores> own(p, work, consumer_of_warp());
   constexpr int kSecond = Tile::kForKeys ? Tile::kD / 2 : 1;
-  float first_sum[Tile::kD / 2], second_sum[kSecond];
+  float first_sum[Tile::kD / 2], second_sum[kSecond], distances[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < Tile::kD / 2; ++i) first_sum[i] = 0;
 #pragma unroll
   for (int i = 0; i < kSecond; ++i) second_sum[i] = 0;
-  if (work.blocks.begin < work.blocks.end) own.attend(first_sum, second_sum);
+  if (work.blocks.begin < work.blocks.end) own.attend(first_sum, second_sum, distances);
   const float scale = static_cast<float>(p.scale);
   if constexpr (Tile::kForKeys) {
     own.store(first_sum, scale, p.dk, p.head_dim);
-    own.store(second_sum, 1.0f, p.dv, p.head_dim_v);
+    own.store(second_sum, Scores::kGeneral ? static_cast<float>(p.dropout_scale) : 1.0f, p.dv, p.head_dim_v);
   } else {
     own.store(first_sum, scale, p.dq, p.head_dim);
+    if (Scores::kGeneral && p.slope_rows != nullptr) own.store_distances(distances);
   }
 }
 
@@ -398,10 +437,10 @@ struct AttentionSm90BackwardTensors {
   }
 };
 
-// 16-bit tensors of up to 128 channels that TMA can read, plain scores; the rest is the mma.sync kernels'.
+// 16-bit tensors of up to 128 channels that TMA can read, without a mask's gradient; the rest is the mma.sync kernels'.
 inline bool attention_sm90_backward_takes(const AttentionBackwardParams& p) {
   const bool takes = (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.block_table == nullptr &&
-                     std::max(p.head_dim, p.head_dim_v) <= 128 && PlainScores::takes(p) &&
+                     std::max(p.head_dim, p.head_dim_v) <= 128 && p.dmask == nullptr &&
                      std::min({p.batch, p.heads, p.rows, p.keys}) > 0 &&
                      (p.q_stride[0] == 0) == (p.dout_stride[0] == 0);
   if (!takes) return false;
@@ -415,22 +454,26 @@ template <class T, class MakeMap, class Launch>
 void launch_attention_sm90_backward(const AttentionBackwardParams& p, const MakeMap& make_map, const Launch& launch) {
   AttentionSm90BackwardTensors x(p);
   const AttentionSm90BackwardMaps maps = {make_map(x.q), make_map(x.k), make_map(x.v), make_map(x.dout)};
-  const auto run = [&](auto tile) {
+  const auto run = [&](auto tile, auto scores) {
     using Tile = decltype(tile);
     x.call.tiling = attention_tiling(p, Tile::kLines, 1), x.call.key_tiling = key_tiling(p, Tile::kLines);
     const int64_t tiles = Tile::kForKeys ? x.call.key_tiling.tiles() : x.call.tiling.tiles();
     const LaunchConfig config = {tiles, Tile::kThreads, Tile::kSharedBytes};
     launch(Tile::kForKeys ? "attention_sm90_backward of keys" : "attention_sm90_backward of rows",
-           attention_sm90_backward_kernel<T, Tile>, config, x.call, maps);
+           attention_sm90_backward_kernel<T, Tile, decltype(scores)>, config, x.call, maps);
   };
-  const auto both = [&](auto width) {
+  const auto both = [&](auto width, auto scores) {
     constexpr int kD = decltype(width)::value;
-    run(AttentionSm90BackwardTile<kD, false>()), run(AttentionSm90BackwardTile<kD, true>());
+    run(AttentionSm90BackwardTile<kD, false>(), scores), run(AttentionSm90BackwardTile<kD, true>(), scores);
   };
+  // What is not common has fewer instantiations: 96 channels are padded to 128.
   const int64_t channels = std::max(p.head_dim, p.head_dim_v);
-  if (channels <= 64) return both(std::integral_constant<int, 64>());
-  if (channels <= 96) return both(std::integral_constant<int, 96>());
-  both(std::integral_constant<int, 128>());
+  const bool plain = PlainScores::takes(p);
+  if (channels <= 64 && plain) return both(std::integral_constant<int, 64>(), PlainScores());
+  if (channels <= 96 && plain) return both(std::integral_constant<int, 96>(), PlainScores());
+  if (plain) return both(std::integral_constant<int, 128>(), PlainScores());
+  if (channels <= 64) return both(std::integral_constant<int, 64>(), GeneralScores());
+  both(std::integral_constant<int, 128>(), GeneralScores());
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// Gradients of q, k and v at five products a block (sm_90a), of the same calls as attention_sm90_backward.cuh and with
-// the same pieces. Where that file has a kernel for rows and one for keys, here the one that owns keys also gives every
+// Gradients of q, k and v at five products a block (sm_90a), of the calls that attention_sm90_backward.cuh takes and
+// with its pieces. Where that file has a kernel for rows and one for keys, here the one that owns keys also gives every
 // row its part of dq:
 //
 //   dq = scale Σ ds k      over the blocks of keys, in float32 in memory, by TMA's reduce-add
@@ -85,10 +85,6 @@ struct AttentionSm90SumsMemory : AttentionSm90BackwardMemory<Tile> {
     const AttentionSm90BackwardWork& own = Base::work();
     const int first = own.blocks.begin * Tile::kKeys;
     place() = {dq_tile<Tile>(p, own.tile, own.passing_head, first), p.tiling.blocks * (Tile::kKeys * Tile::kD)};
-    // Weights of keys beyond the last are zeros too: they are terms of dq.
-    for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
-      if (Base::work().first + 64 * consumer + 64 > Base::work().lines) Base::work().all[consumer] = {0, 0};
-    }
   }
 };
 
@@ -120,9 +116,9 @@ __device__ inline void attention_sm90_add_pieces(const AttentionSm90BackwardWork
   bulk_wait();
 }
 
-template <class T, class Tile>
-struct AttentionSm90SumsConsumer : AttentionSm90BackwardConsumer<T, Tile> {
-  using Base = AttentionSm90BackwardConsumer<T, Tile>;
+template <class T, class Tile, class Scores>
+struct AttentionSm90SumsConsumer : AttentionSm90BackwardConsumer<T, Tile, Scores> {
+  using Base = AttentionSm90BackwardConsumer<T, Tile, Scores>;
   using Memory = AttentionSm90SumsMemory<Tile>;
   using Base::Base, Base::consumer, Base::work;
 
@@ -192,7 +188,7 @@ struct AttentionSm90SumsConsumer : AttentionSm90BackwardConsumer<T, Tile> {
     mbarrier_wait(Memory::ready(), 0);
     zero_unseen_keys();
     // What can be told from the turn is: there is no register for it.
-    int block = work.blocks.begin;
+    int block = work.blocks.begin, head = work.passing_head;
 #pragma unroll 1
     for (int turn = 0; turn < work.heads * (work.blocks.end - work.blocks.begin); ++turn) {
       const RingPlace<Tile::kStages> place{turn % Tile::kStages, turn / Tile::kStages % 2};
@@ -202,19 +198,27 @@ struct AttentionSm90SumsConsumer : AttentionSm90BackwardConsumer<T, Tile> {
       this->zero_unseen(block * Tile::kKeys, place.stage);
       attention_sm90_scores<T, Tile>(s, Memory::owned(0, consumer), Memory::passing(0, place.stage));
       attention_sm90_scores<T, Tile>(dp, Memory::owned(1, consumer), Memory::passing(1, place.stage));
-      wgmma_wait<1>();
+      wgmma_wait<Scores::kGeneral ? 0 : 1>();
       wgmma_fence_sums(s);
-      this->weigh(place.stage, block * Tile::kKeys, s);
+      if constexpr (Scores::kGeneral) {
+        float distances[2];  // the slopes' gradient is the other form's
+        wgmma_fence_sums(dp);
+        this->weigh_general(head, place.stage, block * Tile::kKeys, s, dp, distances);
+      } else {
+        this->weigh(place.stage, block * Tile::kKeys, s);
+      }
       // With 128 rows there are no registers for the weights beside s and dp.
-      constexpr bool kValuesFirst = Tile::kKeys == 64;
+      constexpr bool kValuesFirst = Tile::kKeys == 64 && !Scores::kGeneral;
       const auto start_values = [&] {
         this->pack(s, weights);
         attention_sm90_values<T, Tile>(dv, weights, Memory::passing(1, place.stage));
       };
       if constexpr (kValuesFirst) start_values();
-      wgmma_wait<kValuesFirst>();
-      wgmma_fence_sums(dp);
-      this->differentiate(place.stage, s, dp);
+      if constexpr (!Scores::kGeneral) {
+        wgmma_wait<kValuesFirst>();
+        wgmma_fence_sums(dp);
+        this->differentiate(place.stage, s, dp);
+      }
       if constexpr (!kValuesFirst) start_values();
       this->pack(dp, ds);
       put_gradients(ds, place.stage);
@@ -229,13 +233,13 @@ struct AttentionSm90SumsConsumer : AttentionSm90BackwardConsumer<T, Tile> {
       wgmma_fence_sums(dk);
       wgmma_fence_sums(dv);
       if (warpgroup_thread() % 32 == 0) mbarrier_arrive(Memory::empty(place.stage));
-      if (++block == work.blocks.end) block = work.blocks.begin;
+      if (++block == work.blocks.end) block = work.blocks.begin, ++head;
     }
   }
   static constexpr int kAllBarrier = 1 + Tile::kConsumers;  // before it one of each warpgroup
 };
 
-template <class T, class Tile>
+template <class T, class Tile, class Scores>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_sm90_sums_kernel(const __grid_constant__ AttentionSm90SumsCall p,
                                const __grid_constant__ AttentionSm90BackwardMaps maps) {
@@ -254,13 +258,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     return;
   }
   set_max_registers_up<Tile::kConsumerRegisters>();
-  const AttentionSm90SumsConsumer<T, Tile> own(p, work, consumer_of_warp());
+  const AttentionSm90SumsConsumer<T, Tile, Scores> own(p, work, consumer_of_warp());
   float dk[Tile::kD / 2], dv[Tile::kD / 2];
 #pragma unroll
   for (int i = 0; i < Tile::kD / 2; ++i) dk[i] = dv[i] = 0;
   if (work.blocks.begin < work.blocks.end) own.attend(dk, dv);
   own.store(dk, static_cast<float>(p.scale), p.dk, p.head_dim);
-  own.store(dv, 1.0f, p.dv, p.head_dim_v);
+  own.store(dv, Scores::kGeneral ? static_cast<float>(p.dropout_scale) : 1.0f, p.dv, p.head_dim_v);
 }
 
 // dq of a tile of rows from its sums, a piece to a warpgroup.
@@ -290,23 +294,27 @@ __global__ void __launch_bounds__(128 * Tile::kConsumers)
   }
 }
 
-// f(tile) of the call's channels.
+// f(tile, scores) of the call's channels and scores. What is not common has fewer instantiations: 96 channels are
+// padded to 128.
 template <class F>
 inline auto with_attention_sm90_sums_tile(const AttentionBackwardParams& p, const F& f) {
   const int64_t channels = std::max(p.head_dim, p.head_dim_v);
-  if (channels <= 64) return f(AttentionSm90SumsTile<64>());
-  if (channels <= 96) return f(AttentionSm90SumsTile<96>());
-  return f(AttentionSm90SumsTile<128>());
+  const bool plain = PlainScores::takes(p);
+  if (channels <= 64 && plain) return f(AttentionSm90SumsTile<64>(), PlainScores());
+  if (channels <= 96 && plain) return f(AttentionSm90SumsTile<96>(), PlainScores());
+  if (plain) return f(AttentionSm90SumsTile<128>(), PlainScores());
+  if (channels <= 64) return f(AttentionSm90SumsTile<64>(), GeneralScores());
+  return f(AttentionSm90SumsTile<128>(), GeneralScores());
 }
 
-// Of calls that attention_sm90_backward_takes.
+// Of calls that attention_sm90_backward_takes. The slopes' gradient is a sum over a row's keys, as dq is.
 inline bool attention_sm90_backward_sums_takes(const AttentionBackwardParams& p) {
-  return attention_sm90_backward_takes(p) && PlainScores::takes(p) && std::max(p.head_dim, p.head_dim_v) <= 128;
+  return attention_sm90_backward_takes(p) && p.slope_rows == nullptr && std::max(p.head_dim, p.head_dim_v) <= 128;
 }
 
 // How many float32 zeros launch_attention_sm90_backward_sums takes.
 inline int64_t attention_sm90_backward_sums(const AttentionBackwardParams& p) {
-  return with_attention_sm90_sums_tile(p, [&](auto tile) {
+  return with_attention_sm90_sums_tile(p, [&](auto tile, auto) {
     using Tile = decltype(tile);
     return attention_tiling(p, Tile::kKeys, 1).tiles() * Tile::kKeys * Tile::kD;
   });
@@ -318,11 +326,11 @@ void launch_attention_sm90_backward_sums(const AttentionBackwardParams& p, float
                                          const Launch& launch) {
   const AttentionSm90BackwardTensors x(p);
   const AttentionSm90BackwardMaps maps = {make_map(x.q), make_map(x.k), make_map(x.v), make_map(x.dout)};
-  with_attention_sm90_sums_tile(p, [&](auto tile) {
+  with_attention_sm90_sums_tile(p, [&](auto tile, auto scores) {
     using Tile = decltype(tile);
     AttentionSm90SumsCall call{x.call, dq_sums};
     call.tiling = attention_tiling(p, Tile::kKeys, 1), call.key_tiling = key_tiling(p, Tile::kLines);
-    launch("attention_sm90_backward_sums", attention_sm90_sums_kernel<T, Tile>,
+    launch("attention_sm90_backward_sums", attention_sm90_sums_kernel<T, Tile, decltype(scores)>,
            LaunchConfig{call.key_tiling.tiles(), Tile::kThreads, Tile::kSharedBytes}, call, maps);
     launch("attention_sm90_convert", attention_sm90_convert_kernel<T, Tile>,
            LaunchConfig{call.tiling.tiles(), 128 * Tile::kConsumers}, call);
