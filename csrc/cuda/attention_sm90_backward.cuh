@@ -1,4 +1,4 @@
-// Gradients of q, k and v, and each row's part of the slopes', on TMA and wgmma (sm_90a), up to 128 channels.
+// Gradients of q, k and v, and each row's part of the slopes', on TMA and wgmma (sm_90a), up to 256 channels.
 // With p = exp(s - lse) of forward and delta = dout.out - dlse of each row:
 //
 //   dv = pᵀ dout,   ds = p (dout vᵀ - delta),   dq = scale ds k,   dk = scale dsᵀ q
@@ -15,7 +15,11 @@
 // lane needs of passing rows, lse and delta, comes through the ring too, brought by a warp beside the producer's.
 // Of plain scores exponentials run under the product of dp, ds under that of dv.
 //
-// Registers a thread: sums kD / 2 for each gradient, s and dp 32 each, p and ds 16 each; shared memory kSharedBytes.
+// More than 128 channels leave no registers for the sums of a warpgroup's own lines: both have the same 64, the first
+// computes s, the second dp, they exchange them through shared memory, and each sums half of the channels.
+//
+// Registers a thread: sums kSumChannels / 2 for each gradient, s and dp 32 each, p and ds 16 each; shared memory
+// kSharedBytes.
 #pragma once
 
 #include "cuda/attention_gradient.cuh"
@@ -59,7 +63,7 @@ struct AttentionSm90BackwardWork {
     const int64_t extent = Tile::kForKeys ? p.rows : p.keys;
     work.zero_from = work.passing_start + work.seen.end < extent ? work.seen.end : INT32_MAX;
     for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
-      const int from = work.first + 64 * consumer, to = from + 63;
+      const int from = work.first + 64 * Tile::set_of(consumer), to = from + 63;
       work.all[consumer] = {work.template seen_by<Tile>(p, to).begin, work.template seen_by<Tile>(p, from).end};
       // Lines beyond the last: the mask has no place for them, and weights of keys are terms of dq.
       if (to >= work.lines) work.all[consumer] = {0, 0};
@@ -74,22 +78,28 @@ struct AttentionSm90BackwardWork {
   }
 };
 
-template <int kHeadDim, bool kOwnsKeys, int kPassing = 64>
+// kOwnedSets: 64 owned lines of each warpgroup, or (1) of both.
+template <int kHeadDim, bool kOwnsKeys, int kPassing = 64, int kOwnedSets = 2>
 struct AttentionSm90BackwardTile {
   static constexpr int kD = kHeadDim, kColumns = (kD + 63) / 64;
-  static constexpr bool kForKeys = kOwnsKeys;
-  static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kLines = 64 * kConsumers;
-  static constexpr int kKeys = kPassing, kStages = 2;  // passing lines of a block
+  static constexpr bool kForKeys = kOwnsKeys, kShares = kOwnedSets == 1;
+  static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kSets = kOwnedSets, kLines = 64 * kSets;
+  static constexpr int kSumChannels = kShares ? kD / 2 : kD;  // of a gradient a warpgroup's
+  static constexpr int kKeys = kPassing, kStages = 2;         // passing lines of a block
   // 64 channels of a warpgroup's lines, of a block's passing ones.
   static constexpr int kQueryBox = 64 * 128, kKeyBox = kKeys * 128;
   static constexpr int kOwnedBytes = kColumns * kQueryBox, kPassingBytes = kColumns * kKeyBox;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  // The owned lines of both tensors, then stages of the passing ones and of what passing rows have, then barriers.
-  static constexpr int kRing = 2 * kConsumers * kOwnedBytes;
+  // The owned lines of both tensors, then stages of the passing ones and of what passing rows have, then s and dp if
+  // they are shared, then barriers.
+  static constexpr int kRing = 2 * kSets * kOwnedBytes;
   static constexpr int kRowSums = kRing + 2 * kStages * kPassingBytes, kRowBytes = kForKeys ? kKeys * 8 : 0;
-  static constexpr int kBarriers = kRowSums + kStages * kRowBytes;
+  static constexpr int kProducts = kRowSums + kStages * kRowBytes, kProductBytes = kShares ? 64 * kKeys * 4 : 0;
+  static constexpr int kBarriers = kProducts + 2 * kProductBytes;
   static constexpr int kWork = kBarriers + (1 + 2 * kStages) * 8;
   static constexpr int kSharedBytes = kWork + static_cast<int>(sizeof(AttentionSm90BackwardWork));
+
+  static __host__ __device__ constexpr int set_of(int consumer) { return kShares ? 0 : consumer; }
 };
 
 struct AttentionSm90BackwardMaps {
@@ -109,8 +119,8 @@ struct alignas(8) RowSums {
 
 template <class Tile>
 struct AttentionSm90BackwardMemory {
-  static __device__ char* owned(int tensor, int consumer) {
-    return dynamic_shared() + (tensor * Tile::kConsumers + consumer) * Tile::kOwnedBytes;
+  static __device__ char* owned(int tensor, int set) {
+    return dynamic_shared() + (tensor * Tile::kSets + set) * Tile::kOwnedBytes;
   }
   static __device__ char* passing(int tensor, int stage) {
     return dynamic_shared() + Tile::kRing + (stage * 2 + tensor) * Tile::kPassingBytes;
@@ -118,6 +128,10 @@ struct AttentionSm90BackwardMemory {
   // lse (RowSums) of the stage's rows, then their deltas.
   static __device__ float* row_sums(int stage) {
     return reinterpret_cast<float*>(dynamic_shared() + Tile::kRowSums + stage * Tile::kRowBytes);
+  }
+  // s (0) or dp, 16 bytes of each thread after the same of the thread before it.
+  static __device__ char* product(int which) {
+    return dynamic_shared() + Tile::kProducts + which * Tile::kProductBytes;
   }
   static __device__ uint64_t* barrier(int index) {
     return reinterpret_cast<uint64_t*>(dynamic_shared() + Tile::kBarriers) + index;
@@ -150,15 +164,15 @@ __device__ inline void attention_sm90_backward_produce(const AttentionSm90Backwa
   const int batch = Tile::kForKeys ? k_batch : q_batch, passing_batch = Tile::kForKeys ? q_batch : k_batch;
   const TensorMap* const owned[2] = {Tile::kForKeys ? &maps.k : &maps.q, Tile::kForKeys ? &maps.v : &maps.dout};
   const TensorMap* const passing[2] = {Tile::kForKeys ? &maps.q : &maps.k, Tile::kForKeys ? &maps.dout : &maps.v};
-  mbarrier_arrive_expect(Memory::ready(), 2 * Tile::kConsumers * Tile::kOwnedBytes);
+  mbarrier_arrive_expect(Memory::ready(), 2 * Tile::kSets * Tile::kOwnedBytes);
 #pragma unroll 1
-  for (int box = 0; box < Tile::kConsumers * Tile::kColumns; ++box) {
-    const int consumer = box / Tile::kColumns, column = box % Tile::kColumns;
-    const int line = work.start + work.first + 64 * consumer;
+  for (int box = 0; box < Tile::kSets * Tile::kColumns; ++box) {
+    const int set = box / Tile::kColumns, column = box % Tile::kColumns;
+    const int line = work.start + work.first + 64 * set;
 #pragma unroll
     for (int tensor = 0; tensor < 2; ++tensor) {
-      tma_load_5d(Memory::owned(tensor, consumer) + column * Tile::kQueryBox, *owned[tensor], Memory::ready(),
-                  column * 64, 0, line, work.head, batch);
+      tma_load_5d(Memory::owned(tensor, set) + column * Tile::kQueryBox, *owned[tensor], Memory::ready(), column * 64,
+                  0, line, work.head, batch);
     }
   }
   RingPlace<Tile::kStages> place;
@@ -223,10 +237,9 @@ struct AttentionSm90BackwardConsumer {
     }
   }
 
-  __device__ int line(int i) const {
-    const int thread = warpgroup_thread();
-    return work.first + 64 * consumer + thread / 32 * 16 + thread % 32 / 4 + 8 * i;
-  }
+  // First of the warp's lines.
+  __device__ int warp_line() const { return work.first + 64 * Tile::set_of(consumer) + warpgroup_thread() / 32 * 16; }
+  __device__ int line(int i) const { return warp_line() + warpgroup_thread() % 32 / 4 + 8 * i; }
 
   // Passing lines that no owned one sees: whatever they hold is multiplied by zeros.
   __device__ void zero_unseen(int first, int stage) const {
@@ -285,13 +298,12 @@ struct AttentionSm90BackwardConsumer {
     const bool tested = first < work.all[consumer].begin || first + Tile::kKeys > work.all[consumer].end;
     const float lse[2] = {own_sums[0].lse, own_sums[1].lse}, delta[2] = {own_sums[0].delta, own_sums[1].delta};
     const float* const rows = Memory::row_sums(stage);
-    const int line = work.first + 64 * consumer + warpgroup_thread() / 32 * 16;
     const PairPlace place = pair_place(p, work.tile.batch, head);
     // As many as dropout's bits are at a time: 64 passing lines.
 #pragma unroll
     for (int part = 0; part < Tile::kKeys / 2; part += 32) {
-      differentiate_pairs<true, Tile::kForKeys, false>(p, work.tile, place, line, first + 2 * part, tested, lse, delta,
-                                                       rows + 2 * part, rows + Tile::kKeys + 2 * part,
+      differentiate_pairs<true, Tile::kForKeys, false>(p, work.tile, place, warp_line(), first + 2 * part, tested, lse,
+                                                       delta, rows + 2 * part, rows + Tile::kKeys + 2 * part,
                                                        reinterpret_cast<float (&)[32]>(s[part]),
                                                        reinterpret_cast<float (&)[32]>(dp[part]), distances);
     }
@@ -313,9 +325,50 @@ struct AttentionSm90BackwardConsumer {
     }
   }
 
-  // first_sum: of dk or dq, but for the scale; second_sum: of dv.
-  __device__ void attend(float (&first_sum)[Tile::kD / 2], float (&second_sum)[Tile::kForKeys ? Tile::kD / 2 : 1],
+  // Of shared lines the first warpgroup computes s, the second dp: each leaves its own where both find it.
+  __device__ void put_product(const float (&x)[Tile::kKeys / 2]) const {
+    char* const own = Memory::product(consumer) + warpgroup_thread() * 16;
+#pragma unroll
+    for (int i = 0; i < Tile::kKeys / 2; i += 4) {
+      *reinterpret_cast<Packed<float>*>(own + i * (128 * 4)) = {{x[i], x[i + 1], x[i + 2], x[i + 3]}};
+    }
+  }
+  static __device__ void take_product(int which, float (&x)[Tile::kKeys / 2]) {
+    const char* const from = Memory::product(which) + warpgroup_thread() * 16;
+#pragma unroll
+    for (int i = 0; i < Tile::kKeys / 2; i += 4) {
+      const Packed<float> four = *reinterpret_cast<const Packed<float>*>(from + i * (128 * 4));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[i + e] = four.value[e];
+    }
+  }
+
+  // Of s and dp what the thread shall have before it computes weights: dp too if scores are general or it is on its
+  // way.
+  __device__ void multiply(int stage, float (&s)[Tile::kKeys / 2], float (&dp)[Tile::kKeys / 2]) const {
+    if constexpr (Tile::kShares) {
+      attention_sm90_scores<T, Tile>(s, Memory::owned(consumer, 0), Memory::passing(consumer, stage));
+      wgmma_wait<0>();
+      wgmma_fence_sums(s);
+      put_product(s);
+      named_barrier_sync(kPutBarrier, 128 * Tile::kConsumers);
+      take_product(0, s);
+      if (Scores::kGeneral) take_product(1, dp);
+    } else {
+      attention_sm90_scores<T, Tile>(s, Memory::owned(0, consumer), Memory::passing(0, stage));
+      attention_sm90_scores<T, Tile>(dp, Memory::owned(1, consumer), Memory::passing(1, stage));
+      wgmma_wait<Scores::kGeneral ? 0 : 1>();
+      wgmma_fence_sums(s);
+      if (Scores::kGeneral) wgmma_fence_sums(dp);
+    }
+  }
+  static constexpr int kPutBarrier = 1 + Tile::kConsumers, kTakenBarrier = kPutBarrier + 1;
+
+  // first_sum: of dk or dq, but for the scale; second_sum: of dv; of shared lines a warpgroup has half of the channels.
+  __device__ void attend(float (&first_sum)[Tile::kSumChannels / 2],
+                         float (&second_sum)[Tile::kForKeys ? Tile::kSumChannels / 2 : 1],
                          float (&distances)[2]) const {
+    const int columns = Tile::kShares ? consumer * (Tile::kColumns / 2) * Tile::kKeyBox : 0;
     RingPlace<Tile::kStages> place;
     mbarrier_wait(Memory::ready(), 0);
 #pragma unroll 1
@@ -326,27 +379,28 @@ struct AttentionSm90BackwardConsumer {
         uint32_t weights[Tile::kKeys / 4], gradients[Tile::kKeys / 4];
         mbarrier_wait(Memory::full(place.stage), place.phase);
         zero_unseen(block * Tile::kKeys, place.stage);
-        attention_sm90_scores<T, Tile>(s, Memory::owned(0, consumer), Memory::passing(0, place.stage));
-        attention_sm90_scores<T, Tile>(dp, Memory::owned(1, consumer), Memory::passing(1, place.stage));
-        wgmma_wait<Scores::kGeneral ? 0 : 1>();
-        wgmma_fence_sums(s);
+        multiply(place.stage, s, dp);
         if constexpr (Scores::kGeneral) {
-          wgmma_fence_sums(dp);
           weigh_general(Tile::kForKeys ? head : work.head, place.stage, block * Tile::kKeys, s, dp, distances);
         } else {
           weigh(place.stage, block * Tile::kKeys, s);
         }
         if constexpr (Tile::kForKeys) {
           pack(s, weights);
-          attention_sm90_values<T, Tile>(second_sum, weights, Memory::passing(1, place.stage));
+          attention_sm90_values<T, Tile>(second_sum, weights, Memory::passing(1, place.stage) + columns);
         }
         if constexpr (!Scores::kGeneral) {
-          wgmma_wait<Tile::kForKeys>();
-          wgmma_fence_sums(dp);
+          if constexpr (Tile::kShares) {
+            take_product(1, dp);
+          } else {
+            wgmma_wait<Tile::kForKeys>();
+            wgmma_fence_sums(dp);
+          }
           differentiate(place.stage, s, dp);
         }
+        if (Tile::kShares) named_barrier_sync(kTakenBarrier, 128 * Tile::kConsumers);
         pack(dp, gradients);
-        attention_sm90_values<T, Tile>(first_sum, gradients, Memory::passing(0, place.stage));
+        attention_sm90_values<T, Tile>(first_sum, gradients, Memory::passing(0, place.stage) + columns);
         wgmma_wait<0>();
         wgmma_fence_sums(first_sum);
         if constexpr (Tile::kForKeys) wgmma_fence_sums(second_sum);
@@ -360,19 +414,22 @@ struct AttentionSm90BackwardConsumer {
     for (int i = 0; i < 2; ++i) {
       const float total = quad_reduce(distances[i], [](float x, float y) { return x + y; });
       const int64_t row = work.tile.batch * p.row_stride[0] + work.head * p.row_stride[1] + work.start + line(i);
-      if (line(i) < work.lines && threadIdx.x % 4 == 0) static_cast<float*>(p.slope_rows)[row] = total;
+      if (line(i) < work.lines && threadIdx.x % 4 == 0 && (!Tile::kShares || consumer == 0))
+        static_cast<float*>(p.slope_rows)[row] = total;
     }
   }
 
   // The lines of one gradient, in memory (lines, channels).
-  __device__ void store(const float (&sum)[Tile::kD / 2], float scale, void* gradient, int64_t channels) const {
+  __device__ void store(const float (&sum)[Tile::kSumChannels / 2], float scale, void* gradient,
+                        int64_t channels) const {
     const int64_t batch = work.tile.batch;
+    const int channel = Tile::kShares ? consumer * Tile::kSumChannels : 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t before = Tile::kForKeys ? batch * p.key_stride[0] + work.head * p.key_stride[1]
                                             : batch * p.row_stride[0] + work.head * p.row_stride[1];
-      T* const out = static_cast<T*>(gradient) + (before + work.start + line(i)) * channels;
-      store_line(sum, i, scale, line(i) < work.lines, out, static_cast<int>(channels), p.aligned);
+      T* const out = static_cast<T*>(gradient) + (before + work.start + line(i)) * channels + channel;
+      store_line(sum, i, scale, line(i) < work.lines, out, static_cast<int>(channels) - channel, p.aligned);
     }
   }
 };
@@ -401,10 +458,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   set_max_registers_up<Tile::kConsumerRegisters>();
   const AttentionSm90BackwardConsumer<T, Tile, Scores> own(p, work, consumer_of_warp());
-  constexpr int kSecond = Tile::kForKeys ? Tile::kD / 2 : 1;
-  float first_sum[Tile::kD / 2], second_sum[kSecond], distances[2] = {0, 0};
+  constexpr int kFirst = Tile::kSumChannels / 2, kSecond = Tile::kForKeys ? kFirst : 1;
+  float first_sum[kFirst], second_sum[kSecond], distances[2] = {0, 0};
 #pragma unroll
-  for (int i = 0; i < Tile::kD / 2; ++i) first_sum[i] = 0;
+  for (int i = 0; i < kFirst; ++i) first_sum[i] = 0;
 #pragma unroll
   for (int i = 0; i < kSecond; ++i) second_sum[i] = 0;
   if (work.blocks.begin < work.blocks.end) own.attend(first_sum, second_sum, distances);
@@ -437,10 +494,10 @@ struct AttentionSm90BackwardTensors {
   }
 };
 
-// 16-bit tensors of up to 128 channels that TMA can read, without a mask's gradient; the rest is the mma.sync kernels'.
+// 16-bit tensors of up to 256 channels that TMA can read, without a mask's gradient; the rest is the mma.sync kernels'.
 inline bool attention_sm90_backward_takes(const AttentionBackwardParams& p) {
   const bool takes = (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.block_table == nullptr &&
-                     std::max(p.head_dim, p.head_dim_v) <= 128 && p.dmask == nullptr &&
+                     std::max(p.head_dim, p.head_dim_v) <= 256 && p.dmask == nullptr &&
                      std::min({p.batch, p.heads, p.rows, p.keys}) > 0 &&
                      (p.q_stride[0] == 0) == (p.dout_stride[0] == 0);
   if (!takes) return false;
@@ -463,17 +520,19 @@ void launch_attention_sm90_backward(const AttentionBackwardParams& p, const Make
            attention_sm90_backward_kernel<T, Tile, decltype(scores)>, config, x.call, maps);
   };
   const auto both = [&](auto width, auto scores) {
-    constexpr int kD = decltype(width)::value;
-    run(AttentionSm90BackwardTile<kD, false>(), scores), run(AttentionSm90BackwardTile<kD, true>(), scores);
+    constexpr int kD = decltype(width)::value, kSets = kD > 128 ? 1 : 2;
+    run(AttentionSm90BackwardTile<kD, false, 64, kSets>(), scores);
+    run(AttentionSm90BackwardTile<kD, true, 64, kSets>(), scores);
   };
-  // What is not common has fewer instantiations: 96 channels are padded to 128.
+  // What is not common has fewer instantiations: 192 channels are padded to 256, of general scores 96 to 128.
   const int64_t channels = std::max(p.head_dim, p.head_dim_v);
-  const bool plain = PlainScores::takes(p);
-  if (channels <= 64 && plain) return both(std::integral_constant<int, 64>(), PlainScores());
-  if (channels <= 96 && plain) return both(std::integral_constant<int, 96>(), PlainScores());
-  if (plain) return both(std::integral_constant<int, 128>(), PlainScores());
-  if (channels <= 64) return both(std::integral_constant<int, 64>(), GeneralScores());
-  both(std::integral_constant<int, 128>(), GeneralScores());
+  const auto choose = [&](auto scores) {
+    if (channels <= 64) return both(std::integral_constant<int, 64>(), scores);
+    if (channels <= 96 && !scores.kGeneral) return both(std::integral_constant<int, 96>(), PlainScores());
+    if (channels <= 128) return both(std::integral_constant<int, 128>(), scores);
+    both(std::integral_constant<int, 256>(), scores);
+  };
+  PlainScores::takes(p) ? choose(PlainScores()) : choose(GeneralScores());
 }
 
 }  // namespace cuda

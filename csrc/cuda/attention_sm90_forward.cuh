@@ -161,10 +161,9 @@ __device__ inline void attention_sm90_scores(float (&s)[Tile::kKeys / 2], const 
   wgmma_commit();
 }
 
-// acc += p v is under way.
-template <class T, class Tile>
-__device__ inline void attention_sm90_values(float (&acc)[Tile::kD / 2], const uint32_t (&p)[Tile::kKeys / 4],
-                                             const char* v) {
+// acc += p v is under way, of as many channels as acc has.
+template <class T, class Tile, int kSums>
+__device__ inline void attention_sm90_values(float (&acc)[kSums], const uint32_t (&p)[Tile::kKeys / 4], const char* v) {
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Tile::kKeys / 16; ++step) {
