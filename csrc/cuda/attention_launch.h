@@ -33,11 +33,11 @@ void launch_attention_row_sums(const AttentionBackwardParams& p, const StreamLau
 bool attention_forward_sm90_takes(const AttentionParams& p);
 void launch_attention_forward_sm90(const AttentionParams& p, int multiprocessors, const StreamLaunch& launch);
 // dq, dk and dv from p.lse and p.delta (of each row dout.out - dlse, in float32, lying as lse does). Taken: what
-// forward takes with up to 128 channels, and no dmask. Each row's part of the slopes' gradients too.
+// forward takes, and no dmask. Each row's part of the slopes' gradients too.
 bool attention_backward_sm90_takes(const AttentionBackwardParams& p);
 void launch_attention_backward_sm90(const AttentionBackwardParams& p, const StreamLaunch& launch);
 // The same at fewer products and in no fixed order: dq is summed in dq_sums, attention_backward_sm90_sums(p) zeros.
-// Taken: all of that without the slopes' gradients.
+// Taken: all of that up to 128 channels, without the slopes' gradients.
 bool attention_backward_sm90_sums_takes(const AttentionBackwardParams& p);
 int64_t attention_backward_sm90_sums(const AttentionBackwardParams& p);
 void launch_attention_backward_sm90_sums(const AttentionBackwardParams& p, float* dq_sums, const StreamLaunch& launch);
