@@ -119,13 +119,16 @@ void run_backward_sm90(const AttentionBackwardParams& p, const Tensor& like, con
   launch_attention_backward_sm90_sums(p, sums.mutable_data_ptr<float>(), launch);
 }
 
-// Every gradient that p has a place for: TMA and wgmma where device, tensors and scores allow it, else mma.sync.
+// Every gradient that p has a place for: TMA and wgmma where device and tensors allow it, else and of a mask mma.sync.
 void run_backward(const AttentionBackwardParams& p, const Tensor& like) {
   const int32_t device = like.get_device_index();
   const StreamLaunch launch{current_stream(device)};
   launch_attention_delta(p, launch);
   if (device_facts(device).capability == 90 && attention_backward_sm90_takes(p)) {
     run_backward_sm90(p, like, launch);
+    AttentionBackwardParams mask = p;
+    mask.dq = nullptr;
+    if (p.dmask != nullptr) launch_attention_sm80_backward(mask, launch);
   } else {
     launch_attention_sm80_backward(p, launch);
   }

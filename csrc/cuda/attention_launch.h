@@ -19,7 +19,8 @@ void launch_attention_sm80_forward(const AttentionParams& p, const StreamLaunch&
 // Backward of the same calls but for pages, in this order; rows and keys that are no sequence's keep what their
 // gradients hold, packed sequences follow one another. First p.delta of every row, in float32, lying as p.lse does.
 void launch_attention_delta(const AttentionBackwardParams& p, const StreamLaunch& launch);
-// Then dq, dk, dv and, where p has a place for them, dmask and each row's part of the slopes' gradients, p.slope_rows.
+// Then dq, dk, dv and, where p has a place for them, dmask and each row's part of the slopes' gradients, p.slope_rows;
+// where p.dq is null, dmask alone.
 // Those of float16 are in a file of their own.
 void launch_attention_sm80_backward(const AttentionBackwardParams& p, const StreamLaunch& launch);
 void launch_attention_sm80_backward_float16(const AttentionBackwardParams& p, const StreamLaunch& launch);
@@ -33,7 +34,7 @@ void launch_attention_row_sums(const AttentionBackwardParams& p, const StreamLau
 bool attention_forward_sm90_takes(const AttentionParams& p);
 void launch_attention_forward_sm90(const AttentionParams& p, int multiprocessors, const StreamLaunch& launch);
 // dq, dk and dv from p.lse and p.delta (of each row dout.out - dlse, in float32, lying as lse does). Taken: what
-// forward takes, and no dmask. Each row's part of the slopes' gradients too.
+// forward takes. Each row's part of the slopes' gradients too, but not dmask.
 bool attention_backward_sm90_takes(const AttentionBackwardParams& p);
 void launch_attention_backward_sm90(const AttentionBackwardParams& p, const StreamLaunch& launch);
 // The same at fewer products and in no fixed order: dq is summed in dq_sums, attention_backward_sm90_sums(p) zeros.

@@ -41,7 +41,7 @@ template <class T, class Launch>
 void launch_attention_sm80_general_gradients(const AttentionSm80BackwardCall& p, const Launch& launch) {
   const auto run = [&](auto channels) {
     constexpr int kD = decltype(channels)::value;
-    launch_attention_sm80_gradients<T, kD, true>(p, launch);
+    if (p.dq != nullptr) launch_attention_sm80_gradients<T, kD, true>(p, launch);
     if (p.dmask != nullptr) launch_attention_sm80_mask_gradient<T, kD>(p, launch);
   };
   const int64_t channels = std::max(p.head_dim, p.head_dim_v);
@@ -50,9 +50,9 @@ void launch_attention_sm80_general_gradients(const AttentionSm80BackwardCall& p,
   run(std::integral_constant<int, 256>());
 }
 
-// dq, dk, dv and, where p has a place for them, dmask and each row's part of the slopes' gradients. float16 or
-// bfloat16, up to 256 channels, no pages; rows and keys that are no sequence's are left as they are, packed sequences
-// follow one another. p.delta is filled.
+// dq, dk, dv and, where p has a place for them, dmask and each row's part of the slopes' gradients; dq null: dmask
+// alone. float16 or bfloat16, up to 256 channels, no pages; rows and keys that are no sequence's are left as they are,
+// packed sequences follow one another. p.delta is filled.
 template <class T, class Launch>
 void launch_attention_sm80_backward(const AttentionBackwardParams& params, const Launch& launch) {
   AttentionSm80BackwardCall p{};

@@ -494,11 +494,11 @@ struct AttentionSm90BackwardTensors {
   }
 };
 
-// 16-bit tensors of up to 256 channels that TMA can read, without a mask's gradient; the rest is the mma.sync kernels'.
+// 16-bit tensors of up to 256 channels that TMA can read; the rest is the mma.sync kernels', and so is a mask's
+// gradient.
 inline bool attention_sm90_backward_takes(const AttentionBackwardParams& p) {
   const bool takes = (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.block_table == nullptr &&
-                     std::max(p.head_dim, p.head_dim_v) <= 256 && p.dmask == nullptr &&
-                     std::min({p.batch, p.heads, p.rows, p.keys}) > 0 &&
+                     std::max(p.head_dim, p.head_dim_v) <= 256 && std::min({p.batch, p.heads, p.rows, p.keys}) > 0 &&
                      (p.q_stride[0] == 0) == (p.dout_stride[0] == 0);
   if (!takes) return false;
   const AttentionSm90BackwardTensors x(p);

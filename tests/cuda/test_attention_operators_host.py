@@ -121,7 +121,10 @@ def test_dq_is_in_a_fixed_order_where_torch_asks_for_it(operators, library, way,
         assert library.hopper_backward() == kernels
         library.choose(*way)
         _check(operators, (q[:, :, :9], k[:, :, :9], v[:, :, :9], _random(1, 1, 9, 9), None, None), options)
-        assert library.hopper_backward() == b"none"
+        assert library.hopper_backward() == kernels
+        library.choose(*way)
+        _check(operators, (q, k, v, None, torch.rand(3, 2), None), options, torch.tensor(table))
+        assert library.hopper_backward() == (b"in order" if way[0] == 90 else b"none")
     finally:
         library.choose(80, False)
 
