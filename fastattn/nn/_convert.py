@@ -20,7 +20,12 @@ from fastattn.nn._fusion import activation_name
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.ffn import ACTIVATIONS, Sequential, feed_forward_at
 from fastattn.nn.norm import LayerNorm, RMSNorm
-from fastattn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+from fastattn.nn.transformer import (
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 from fastattn.ops._select import IMPLEMENTATIONS
 
 __all__ = ["ConversionReport", "ConversionRow", "conversion_report", "convert", "revert"]
@@ -33,6 +38,8 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
     nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    nn.TransformerEncoder: TransformerEncoder,
+    nn.TransformerDecoder: TransformerDecoder,
     nn.Sequential: Sequential,
 }
 
@@ -226,7 +233,7 @@ def _check_model(model: object) -> None:
 def convert(model: M, *, implementation: str = "auto") -> M:
     """Make the torch.nn modules of ``model`` compute with fastattn, in place.
 
-    Converted are LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, and a
+    Converted are LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoder, TransformerDecoder, their layers, and a
     Sequential with Linear → relu | gelu | silu → (Dropout →) Linear inside; of these classes themselves or of subclasses
     that inherit their forward. Of Hugging Face transformers also the RMSNorm, LayerNorm and MLP modules of their own, by
     what they compute (attention there: ``attn_implementation="fastattn"``). Parameters, ``state_dict``, hooks, training

@@ -288,10 +288,17 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+def _hint(is_causal: bool | None) -> bool | None:
+    """The hint that a stack gets for its mask. Without one torch looks whether the mask is the causal one, which no graph can do:
+    in a graph the mask is taken as it is, with the same result."""
+    return False if is_causal is None and torch.compiler.is_compiling() else is_causal
+
+
 class TransformerEncoder(nn.TransformerEncoder):
     """``torch.nn.TransformerEncoder`` of fastattn's layers: those of torch.nn in the copies of ``encoder_layer`` become ours.
 
-    Everything else is torch's, nested tensors in evaluation included (see :class:`TransformerEncoderLayer`).
+    Everything else is torch's, nested tensors in evaluation included (see :class:`TransformerEncoderLayer`). A mask without
+    ``is_causal`` compiles in one graph, where torch's own breaks it.
     """
 
     @functools.wraps(nn.TransformerEncoder.__init__)  # type: ignore[misc]
@@ -299,14 +306,42 @@ class TransformerEncoder(nn.TransformerEncoder):
         super().__init__(*args, **kwargs)
         _take_over(self)
 
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """As torch's: the layers one after the other, then ``norm``."""
+        return super().forward(src, mask, src_key_padding_mask, _hint(is_causal))
+
 
 class TransformerDecoder(nn.TransformerDecoder):
-    """``torch.nn.TransformerDecoder`` of fastattn's layers: those of torch.nn in the copies of ``decoder_layer`` become ours."""
+    """``torch.nn.TransformerDecoder`` of fastattn's layers: those of torch.nn in the copies of ``decoder_layer`` become ours.
+
+    A ``tgt_mask`` without ``tgt_is_causal`` compiles in one graph, where torch's own breaks it.
+    """
 
     @functools.wraps(nn.TransformerDecoder.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _take_over(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As torch's: the layers one after the other, then ``norm``."""
+        paddings = (tgt_key_padding_mask, memory_key_padding_mask)
+        return super().forward(tgt, memory, tgt_mask, memory_mask, *paddings, _hint(tgt_is_causal), memory_is_causal)
 
 
 class Transformer(nn.Transformer):

@@ -140,6 +140,32 @@ def test_compiles_as_one_graph(norm_first):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_a_stack_with_a_mask_and_no_hint_compiles_as_one_graph(kind, converted):
+    """torch's looks at the mask's values for the causal one, on which no graph can depend; in ours the mask is enough."""
+    theirs = getattr(nn, f"Transformer{kind}")(pair()[1] if kind == "Decoder" else encoder_layer(), 2)
+    if converted:
+        ours = fastattn.convert(copy.deepcopy(theirs))
+    else:
+        ours = getattr(fastattn.nn, f"Transformer{kind}")(theirs.layers[0], 2)
+        ours.load_state_dict(theirs.state_dict())
+    x, memory = sample(B, L, E), sample(B, S, E)
+    call = (lambda m, mask: m(x, mask=mask)) if kind == "Encoder" else (lambda m, mask: m(x, memory, tgt_mask=mask))
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for mask, train in ((CAUSAL, True), (CAUSAL, False), (sample(B * H, L, L), True)):
+        expected = call(theirs.train(train), mask)
+        torch.testing.assert_close(compiled(ours.train(train), mask), expected, atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
+        torch.compile(call, fullgraph=True, backend="eager")(theirs, CAUSAL)
+    torch.compiler.reset()
+
+
+def encoder_layer():
+    return nn.TransformerEncoderLayer(E, H, HIDDEN, 0.0, batch_first=True)
+
+
 def test_state_dict_pickle_and_copy():
     ours, theirs = pair()
     assert isinstance(ours, nn.TransformerDecoderLayer)
