@@ -15,16 +15,17 @@ FfnResults ffn_forward(const Tensor& x, const Tensor& w_in, const OptionalTensor
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const FfnWeights w = {x, w_in, w_gate, w_out};
   LinearParams hidden, result;
-  const FfnResults results = prepare_ffn_forward(w, b_in, b_gate, b_out, residual, {activation, dropout_p, rng_state},
-                                                 save_pre, Rows::kStrided, &hidden, &result, allocator(x));
+  const Tensor out = prepare_ffn_forward(w, b_in, b_gate, b_out, residual, {activation, dropout_p, rng_state},
+                                         Rows::kStrided, &hidden, &result, allocator(x));
+  const auto [pre, gate] = keep_preactivations(w, save_pre, &hidden, allocator(x));
   const bool needed = w.O() > 0;
-  if (!needed && !save_pre) return results;
+  if (!needed && !save_pre) return {out, pre, gate};
   const Tensor activations = needed ? products.empty({w.M(), w.F()}) : products.empty({0});
   hidden.c = needed ? activations.mutable_data_ptr() : nullptr;
   products.run(hidden);
   result.product[0].a = hidden.c;
   products.run(result, residual.has_value() ? row_stride(*residual) : 0);
-  return results;
+  return {out, pre, gate};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(

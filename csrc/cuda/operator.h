@@ -40,9 +40,7 @@ inline bool deterministic_algorithms() {
 
 // allocate(shape, type): an empty tensor on the device of `like`, which outlives it.
 inline auto allocator(const Tensor& like) {
-  return [&like](std::initializer_list<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
-  };
+  return [&like](const Shape& shape, ScalarType type) { return torch::stable::new_empty(like, shape, type); };
 }
 
 }  // namespace cuda

@@ -24,8 +24,8 @@ class Products {
   // On x's device and the stream current there. Throws unless x is of float16 or bfloat16 on a CUDA device.
   explicit Products(const Tensor& x);
 
-  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const { return allocator(like_)(shape, type); }
-  Tensor empty(std::initializer_list<int64_t> shape) const { return empty(shape, like_.scalar_type()); }
+  Tensor empty(const Shape& shape, ScalarType type) const { return allocator(like_)(shape, type); }
+  Tensor empty(const Shape& shape) const { return empty(shape, like_.scalar_type()); }
 
   // p's product and what follows it. Nothing where the result is empty.
   void run(const LinearParams& p, int64_t residual_stride = 0) const;

@@ -12,8 +12,6 @@ namespace {
 // Up to this many rows a call is a decoding step: the rest has too few lanes to fill.
 constexpr int64_t kDecodeRows = 8;
 
-Tensor allocate(std::initializer_list<int64_t> shape, ScalarType type) { return empty(shape, type); }
-
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Every page that a sequence's keys lie in exists.
@@ -208,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q_in, const T
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   AttentionParams p = make_params({q, k, v, attn_mask, alibi_slopes, sinks, sequences, block_table},
                                   {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
-  const auto [lse, statistics] = allocate_statistics(p, q, allocate);
+  const auto [lse, statistics] = allocate_statistics(p, q, empty);
   const Tensor out = run_forward(kernels_of(q, reduced_precision), p, q, q_in);
   return {out, lse, statistics};
 }
@@ -307,7 +305,7 @@ AttentionGradients attention_backward(const Tensor& dout_in, const OptionalTenso
   static_cast<AttentionParams&>(p) =
       make_params(inputs, {softmax_scale, window_left, window_right, diagonal, softcap, dropout_p, rng_state});
   set_upstream(p, inputs, upstream);
-  AttentionGradients gradients = allocate_gradients(p, inputs, upstream, allocate);
+  AttentionGradients gradients = allocate_gradients(p, inputs, upstream, empty);
   zero_uncovered(p, inputs, gradients);
   const ScalarType accumulation = accumulation_type(q.scalar_type());
   const Tensor delta = empty({q.size(0), p.heads, sinks_grad ? q.size(2) : 0}, accumulation);

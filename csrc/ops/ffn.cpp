@@ -12,7 +12,35 @@ namespace {
 // Rows whose hidden activations exist at a time when they are not kept for backward.
 constexpr int64_t kChunkRows = 2048;
 
-Tensor allocate(std::initializer_list<int64_t> shape, ScalarType type) { return empty(shape, type); }
+// Both products, as prepare_ffn_forward left them, in chunks of rows.
+void run_forward(const FfnWeights& w, LinearParams hidden, LinearParams result, bool reduced_precision) {
+  const LinearParams whole = hidden, whole_result = result;
+  const int64_t M = hidden.M, F = hidden.N, K = hidden.K, O = result.N, element = w.x.element_size();
+  const KernelTable& table = kernels_of(w.x, reduced_precision);
+  const size_t hidden_bytes = (std::min(M, kChunkRows) * F * element + 63) / 64 * 64;
+  const size_t in_bytes = plan(table, &hidden), out_bytes = plan(table, &result);
+  const CallScratch scratch(hidden_bytes + in_bytes + out_bytes);
+  char* const buffer = static_cast<char*>(scratch.data());
+  pack(table, &hidden, buffer + hidden_bytes);
+  pack(table, &result, buffer + hidden_bytes + in_bytes);
+  const auto from_row = [&](const void* base, int64_t row, int64_t columns) {
+    if (base == nullptr) return static_cast<char*>(nullptr);
+    return const_cast<char*>(static_cast<const char*>(base)) + row * columns * element;
+  };
+  for (int64_t row = 0; row < M; row += kChunkRows) {
+    hidden.M = result.M = std::min(kChunkRows, M - row);
+    hidden.first_row = row;
+    for (int i = 0; i < hidden.products; ++i) hidden.product[i].a = from_row(whole.product[i].a, row, K);
+    hidden.c = buffer;
+    hidden.pre = from_row(whole.pre, row, F);
+    hidden.gate = from_row(whole.gate, row, F);
+    multiply(table, &hidden);
+    result.product[0].a = buffer;
+    result.residual = from_row(whole_result.residual, row, O);
+    result.c = from_row(whole_result.c, row, O);
+    multiply(table, &result);
+  }
+}
 
 }  // namespace
 
@@ -22,35 +50,22 @@ FfnResults ffn_forward(const Tensor& x, const Tensor& w_in, const OptionalTensor
                        const OptionalTensor& rng_state, bool save_pre, bool reduced_precision) {
   const FfnWeights w = {x, w_in, w_gate, w_out};
   LinearParams hidden, result;
-  const FfnResults results = prepare_ffn_forward(w, b_in, b_gate, b_out, residual, {activation, dropout_p, rng_state},
-                                                 save_pre, Rows::kContiguous, &hidden, &result, allocate);
-  const LinearParams whole = hidden, whole_result = result;
-  const int64_t M = w.M(), element = x.element_size();
-  const KernelTable& table = kernels_of(x, reduced_precision);
-  const size_t hidden_bytes = (std::min(M, kChunkRows) * w.F() * element + 63) / 64 * 64;
-  const size_t in_bytes = plan(table, &hidden), out_bytes = plan(table, &result);
-  const CallScratch scratch(hidden_bytes + in_bytes + out_bytes);
-  char* const buffer = static_cast<char*>(scratch.data());
-  pack(table, &hidden, buffer + hidden_bytes);
-  pack(table, &result, buffer + hidden_bytes + in_bytes);
-  const auto rows_of = [&](const void* base, int64_t row, int64_t columns) {
-    if (base == nullptr) return static_cast<char*>(nullptr);
-    return const_cast<char*>(static_cast<const char*>(base)) + row * columns * element;
-  };
-  for (int64_t row = 0; row < M; row += kChunkRows) {
-    hidden.M = result.M = std::min(kChunkRows, M - row);
-    hidden.first_row = row;
-    for (int i = 0; i < hidden.products; ++i) hidden.product[i].a = rows_of(x.const_data_ptr(), row, w.K());
-    hidden.c = buffer;
-    hidden.pre = rows_of(whole.pre, row, w.F());
-    hidden.gate = rows_of(whole.gate, row, w.F());
-    multiply(table, &hidden);
-    result.product[0].a = buffer;
-    result.residual = rows_of(whole_result.residual, row, w.O());
-    result.c = rows_of(whole_result.c, row, w.O());
-    multiply(table, &result);
-  }
-  return results;
+  const Tensor out = prepare_ffn_forward(w, b_in, b_gate, b_out, residual, {activation, dropout_p, rng_state},
+                                         Rows::kContiguous, &hidden, &result, empty);
+  const auto [pre, gate] = keep_preactivations(w, save_pre, &hidden, empty);
+  run_forward(w, hidden, result, reduced_precision);
+  return {out, pre, gate};
+}
+
+Tensor ffn_inference(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const OptionalTensor& w_gate,
+                     const OptionalTensor& b_gate, const Tensor& w_out, const OptionalTensor& b_out,
+                     const OptionalTensor& residual, int64_t activation, bool reduced_precision) {
+  const FfnWeights w = {x, w_in, w_gate, w_out};
+  LinearParams hidden, result;
+  const Tensor out = prepare_ffn_forward(w, b_in, b_gate, b_out, residual, {activation, 0.0, std::nullopt},
+                                         Rows::kContiguous, &hidden, &result, empty);
+  run_forward(w, hidden, result, reduced_precision);
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
@@ -60,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   const FfnWeights w = {x, w_in, w_gate, w_out};
   FfnBackwardProducts products;
   const FfnGradients gradients = prepare_ffn_backward(w, dout, pre, gate, {activation, dropout_p, rng_state}, x_grad,
-                                                      weight_grad, bias_grad, Rows::kContiguous, &products, allocate);
+                                                      weight_grad, bias_grad, Rows::kContiguous, &products, empty);
   auto& [inner, to_x, to_w_in, to_w_out] = products;
   const KernelTable& table = kernels_of(x, reduced_precision);
   const DType dtype = dtype_of(x);

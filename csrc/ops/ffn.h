@@ -8,14 +8,14 @@
 
 namespace fastattn {
 
-// x (M, K); w_in, w_gate (F, K); w_out (O, F).
+// x (M, K), M in as many dimensions as Rows allows; w_in, w_gate (F, K); w_out (O, F).
 struct FfnWeights {
   const Tensor &x, &w_in;
   const OptionalTensor& w_gate;
   const Tensor& w_out;
 
-  int64_t M() const { return x.size(0); }
-  int64_t K() const { return x.size(1); }
+  int64_t M() const { return rows_of(x); }
+  int64_t K() const { return columns_of(x); }
   int64_t F() const { return w_in.size(0); }
   int64_t O() const { return w_out.size(0); }
   bool gated() const { return w_gate.has_value(); }
@@ -29,7 +29,8 @@ struct FfnOptions {
 };
 
 inline void check_ffn(const FfnWeights& w, const FfnOptions& options, Rows rows) {
-  check_matrix(w.x, w.type(), "ffn: x is not a contiguous matrix", rows);
+  check_rows(w.x, w.type(), "ffn: x has no contiguous rows", rows);
+  FASTATTN_CHECK(w.type() != ScalarType::Bool, "ffn: x is not floating");
   check_matrix(w.w_in, w.type(), "ffn: w_in is not a contiguous matrix of x's dtype", rows);
   check_matrix(w.w_out, w.type(), "ffn: w_out is not a contiguous matrix of x's dtype", rows);
   FASTATTN_CHECK(w.w_in.size(1) == w.K() && w.w_out.size(1) == w.F(), "ffn: the weights do not fit x");
@@ -49,21 +50,19 @@ inline void set_activation(LinearParams* p, const FfnOptions& options) {
 
 using FfnResults = std::tuple<Tensor, Tensor, Tensor>;
 
-// (out, pre, gate), the last two (0,) unless kept. hidden: the first product (two with a gate) and its activation, c
-// still to be set; result: the second product, whose A is that c.
+// out. hidden: the first product (two with a gate) and its activation, c still to be set; result: the second product,
+// whose A is that c.
 template <class Allocate>
-inline FfnResults prepare_ffn_forward(const FfnWeights& w, const OptionalTensor& b_in, const OptionalTensor& b_gate,
-                                      const OptionalTensor& b_out, const OptionalTensor& residual,
-                                      const FfnOptions& options, bool save_pre, Rows rows, LinearParams* hidden,
-                                      LinearParams* result, Allocate&& allocate) {
+inline Tensor prepare_ffn_forward(const FfnWeights& w, const OptionalTensor& b_in, const OptionalTensor& b_gate,
+                                  const OptionalTensor& b_out, const OptionalTensor& residual,
+                                  const FfnOptions& options, Rows rows, LinearParams* hidden, LinearParams* result,
+                                  Allocate&& allocate) {
   check_ffn(w, options, rows);
   check_bias(b_in, w.F(), w.type(), "ffn"), check_bias(b_gate, w.F(), w.type(), "ffn");
   check_bias(b_out, w.O(), w.type(), "ffn");
-  check_residual(residual, w.M(), w.O(), w.type(), "ffn", rows);
+  check_residual(residual, w.x, w.O(), "ffn", rows);
   const DType dtype = dtype_of(w.x);
-  const auto kept = [&](bool keep) { return keep ? allocate({w.M(), w.F()}, w.type()) : allocate({0}, w.type()); };
-  const Tensor out = allocate({w.M(), w.O()}, w.type()), pre = kept(save_pre), gate = kept(save_pre && w.gated());
-
+  const Tensor out = allocate(Shape(w.x, w.O()), w.type());
   *hidden = make_linear(dtype, w.M(), w.F(), w.K(), Epilogue::kActivation);
   hidden->product[0] = {
       w.x.const_data_ptr(), w.w_in.const_data_ptr(), row_stride(w.x), row_stride(w.w_in), false, true, nullptr};
@@ -71,14 +70,23 @@ inline FfnResults prepare_ffn_forward(const FfnWeights& w, const OptionalTensor&
   hidden->second_apart = w.gated();
   hidden->bias[0] = data_or_null(b_in), hidden->bias[1] = data_or_null(b_gate);
   set_activation(hidden, options);
-  hidden->pre = save_pre ? pre.mutable_data_ptr() : nullptr;
-  hidden->gate = save_pre && w.gated() ? gate.mutable_data_ptr() : nullptr;
   *result = make_linear(dtype, w.M(), w.O(), w.F(), Epilogue::kStore);
   result->product[0] = {nullptr, w.w_out.const_data_ptr(), w.F(), row_stride(w.w_out), false, true, nullptr};
   result->bias[0] = data_or_null(b_out);
   result->residual = data_or_null(residual);
   result->c = out.mutable_data_ptr();
-  return {out, pre, gate};
+  return out;
+}
+
+// (pre, gate) (M, F) for `hidden` to fill, (0,) unless kept.
+template <class Allocate>
+inline std::tuple<Tensor, Tensor> keep_preactivations(const FfnWeights& w, bool save_pre, LinearParams* hidden,
+                                                      Allocate&& allocate) {
+  const auto kept = [&](bool keep) { return keep ? allocate({w.M(), w.F()}, w.type()) : allocate({0}, w.type()); };
+  const Tensor pre = kept(save_pre), gate = kept(save_pre && w.gated());
+  hidden->pre = save_pre ? pre.mutable_data_ptr() : nullptr;
+  hidden->gate = save_pre && w.gated() ? gate.mutable_data_ptr() : nullptr;
+  return {pre, gate};
 }
 
 struct FfnGradients {

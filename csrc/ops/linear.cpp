@@ -11,8 +11,6 @@ namespace {
 // Rows of an item of a turned product: its sums, twice, and the packed rows of one k block stay in L2.
 constexpr int64_t kTurnedRowBlock = 256;
 
-Tensor allocate(std::initializer_list<int64_t> shape, ScalarType type) { return empty(shape, type); }
-
 // Both products of a turned one share the packed A.
 int packed_operands(const LinearParams& p) { return p.packs == Packs::kA ? 1 : p.products; }
 
@@ -65,7 +63,7 @@ void column_sums(const KernelTable& table, DType from, DType to, int64_t M, int6
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                       bool reduced_precision) {
   LinearParams p;
-  const Tensor y = prepare_linear_forward(x, weight, bias, residual, Rows::kContiguous, &p, allocate);
+  const Tensor y = prepare_linear_forward(x, weight, bias, residual, Rows::kContiguous, &p, empty);
   const KernelTable& table = kernels_of(x, reduced_precision);
   const CallScratch scratch(plan(table, &p));
   pack(table, &p, scratch.data());
@@ -77,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
                                                    bool weight_grad, bool bias_grad, bool reduced_precision) {
   LinearParams to_x, to_weight;
   const auto results = prepare_linear_backward(dy, x, weight, x_grad, weight_grad, bias_grad, Rows::kContiguous, &to_x,
-                                               &to_weight, allocate);
+                                               &to_weight, empty);
   const KernelTable& table = kernels_of(x, reduced_precision);
   const CallScratch scratch(std::max(plan(table, &to_x), plan(table, &to_weight)));
   if (x_grad) {

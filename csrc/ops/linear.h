@@ -2,6 +2,7 @@
 // allocate the results, fill params.h; and the CPU's blocking, packing and threads, for `linear` and `ffn` alike.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 
 #include "cpu/kernel_table.h"
@@ -50,16 +51,31 @@ void multiply(const KernelTable& table, LinearParams* p);
 // sums[n] = sum over m of x (M, N), contiguous.
 void column_sums(const KernelTable& table, DType from, DType to, int64_t M, int64_t N, const void* x, void* sums);
 
-// Which matrices the kernels of an implementation read: contiguous ones, or rows of any stride.
+// What the kernels of an implementation read: rows that lie one after the other, however many dimensions count them, or
+// matrices with rows of any stride.
 enum class Rows { kContiguous, kStrided };
+
+inline int64_t rows_of(const Tensor& x) {
+  const torch::headeronly::IntHeaderOnlyArrayRef extents = x.sizes();
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < extents.size(); ++i) rows *= extents[i];
+  return rows;
+}
+
+inline int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
 inline void check_matrix(const Tensor& x, ScalarType type, const char* what, Rows rows = Rows::kContiguous) {
   FASTATTN_CHECK(x.dim() == 2 && x.scalar_type() == type, what);
   FASTATTN_CHECK(x.is_contiguous() || (rows == Rows::kStrided && (x.stride(1) == 1 || x.size(1) <= 1)), what);
 }
 
+inline void check_rows(const Tensor& x, ScalarType type, const char* what, Rows rows) {
+  if (rows == Rows::kStrided) return check_matrix(x, type, what, rows);
+  FASTATTN_CHECK(x.dim() >= 1 && x.is_contiguous() && x.scalar_type() == type, what);
+}
+
 // From row to row; what a single row says of it means nothing.
-inline int64_t row_stride(const Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1); }
+inline int64_t row_stride(const Tensor& x) { return x.dim() == 2 && x.size(0) > 1 ? x.stride(0) : columns_of(x); }
 
 inline void check_bias(const OptionalTensor& bias, int64_t n, ScalarType type, const char* op) {
   FASTATTN_CHECK(!bias.has_value() ||
@@ -67,25 +83,27 @@ inline void check_bias(const OptionalTensor& bias, int64_t n, ScalarType type, c
                  op, ": a bias does not fit its weight");
 }
 
-inline void check_residual(const OptionalTensor& residual, int64_t M, int64_t N, ScalarType type, const char* op,
-                           Rows rows = Rows::kContiguous) {
+// The output is x's rows, of N columns.
+inline void check_residual(const OptionalTensor& residual, const Tensor& x, int64_t N, const char* op, Rows rows) {
   if (!residual.has_value()) return;
-  check_matrix(*residual, type, "residual is not a matrix of the output's dtype with contiguous rows", rows);
-  FASTATTN_CHECK(residual->size(0) == M && residual->size(1) == N, op, ": residual does not have the output's shape");
+  check_rows(*residual, x.scalar_type(), "residual is not of the output's dtype with contiguous rows", rows);
+  const auto own = residual->sizes(), of_x = x.sizes();
+  FASTATTN_CHECK(own.size() == of_x.size() && std::equal(own.begin(), own.end() - 1, of_x.begin()) && own.back() == N,
+                 op, ": residual does not have the output's shape");
 }
 
-// y (M, N) = x weightᵀ + bias + residual. allocate(shape, type) gives an empty tensor on x's device.
+// y (..., N) = x (..., K) weightᵀ + bias + residual. allocate(shape, type) gives an empty tensor on x's device.
 template <class Allocate>
 inline Tensor prepare_linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                      const OptionalTensor& residual, Rows rows, LinearParams* p, Allocate&& allocate) {
   const ScalarType type = x.scalar_type();
-  check_matrix(x, type, "linear: x is not a contiguous matrix", rows);
+  check_rows(x, type, "linear: x has no contiguous rows", rows);
   check_matrix(weight, type, "linear: weight is not a contiguous matrix of x's dtype", rows);
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
-  FASTATTN_CHECK(weight.size(1) == K, "linear: weight does not fit x");
+  const int64_t M = rows_of(x), K = columns_of(x), N = weight.size(0);
+  FASTATTN_CHECK(type != ScalarType::Bool && weight.size(1) == K, "linear: weight does not fit x");
   check_bias(bias, N, type, "linear");
-  check_residual(residual, M, N, type, "linear", rows);
-  const Tensor y = allocate({M, N}, type);
+  check_residual(residual, x, N, "linear", rows);
+  const Tensor y = allocate(Shape(x, N), type);
   *p = make_linear(dtype_of(x), M, N, K, Epilogue::kStore);
   p->product[0] = {
       x.const_data_ptr(), weight.const_data_ptr(), row_stride(x), row_stride(weight), false, true, nullptr};

@@ -39,8 +39,6 @@ bool outgrows_cache(const Params& p, const Tensor& x, int64_t matrices) {
   return matrices * p.rows * p.columns * static_cast<int64_t>(x.element_size()) > limit;
 }
 
-Tensor allocate(std::initializer_list<int64_t> shape, ScalarType type) { return empty(shape, type); }
-
 void run_forward(const NormForwardParams& p) {
   const KernelTable& table = kernels();
   const int64_t grain = std::max<int64_t>(kElementsPerThread / std::max<int64_t>(p.columns, 1), 1);
@@ -54,7 +52,7 @@ NormResults norm_forward(const Tensor& x, const OptionalTensor& residual, const 
                          const OptionalTensor& rng_state) {
   NormForwardParams p;
   const NormResults results =
-      prepare_norm_forward(x, residual, weight, bias, eps, rms, make_dropout(dropout_p, rng_state), &p, allocate);
+      prepare_norm_forward(x, residual, weight, bias, eps, rms, make_dropout(dropout_p, rng_state), &p, empty);
   p.stream = outgrows_cache(p, x, p.h == nullptr ? 2 : p.residual == nullptr ? 3 : 4);
   run_forward(p);
   return results;
@@ -72,7 +70,7 @@ Tensor norm_inference(const Tensor& x, const OptionalTensor& weight, const Optio
   p.dtype = dtype_of(x), p.columns = columns, p.rows = columns > 0 ? x.numel() / columns : 0;
   const OptionalTensor& parameter = weight.has_value() ? weight : bias;
   p.weight_dtype = parameter.has_value() ? parameter_dtype(parameter->scalar_type(), x) : p.dtype;
-  const Tensor y = empty(x.sizes(), x.scalar_type());
+  const Tensor y = empty(Shape(x, columns), x.scalar_type());
   p.x = x.const_data_ptr(), p.x_stride = last == 1 ? x.stride(0) : columns;
   p.residual = nullptr, p.residual_stride = 0, p.h = p.mean = p.rstd = nullptr;
   p.weight = data_or_null(weight), p.bias = data_or_null(bias), p.y = y.mutable_data_ptr();
@@ -88,7 +86,7 @@ NormResults norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tens
   std::tuple<Tensor, Tensor> partials;
   const NormResults results =
       prepare_norm_backward(dy, dh, h, weight, mean, rstd, rms, make_dropout(dropout_p, rng_state), weight_grad,
-                            bias_grad, &p, &partials, allocate, chunk_rows);
+                            bias_grad, &p, &partials, empty, chunk_rows);
   p.stream = p.dropout.threshold == 0 && outgrows_cache(p, h, p.dh == nullptr ? 3 : 4);
   const KernelTable& table = kernels();
   const int64_t chunks = (p.rows + p.chunk_rows - 1) / p.chunk_rows, columns = std::max<int64_t>(p.columns, 1);

@@ -51,6 +51,9 @@ std::tuple<Tensor, Tensor, Tensor> ffn_forward(const Tensor& x, const Tensor& w_
                                                const Tensor& w_out, const OptionalTensor& b_out,
                                                const OptionalTensor& residual, int64_t activation, double dropout_p,
                                                const OptionalTensor& rng_state, bool save_pre, bool reduced_precision);
+Tensor ffn_inference(const Tensor& x, const Tensor& w_in, const OptionalTensor& b_in, const OptionalTensor& w_gate,
+                     const OptionalTensor& b_gate, const Tensor& w_out, const OptionalTensor& b_out,
+                     const OptionalTensor& residual, int64_t activation, bool reduced_precision);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& dout, const Tensor& x, const Tensor& w_in, const OptionalTensor& w_gate, const Tensor& w_out,
     const Tensor& pre, const Tensor& gate, int64_t activation, double dropout_p, const OptionalTensor& rng_state,
@@ -87,6 +90,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("linear_forward", TORCH_BOX(&fastattn::linear_forward));
   m.impl("linear_backward", TORCH_BOX(&fastattn::linear_backward));
   m.impl("ffn_forward", TORCH_BOX(&fastattn::ffn_forward));
+  m.impl("ffn_inference", TORCH_BOX(&fastattn::ffn_inference));
   m.impl("ffn_backward", TORCH_BOX(&fastattn::ffn_backward));
 
   m.impl("cross_entropy_forward", TORCH_BOX(&fastattn::cross_entropy_forward));

@@ -89,8 +89,6 @@ DType dtype_of(const Tensor& x) {
 
 ScalarType accumulation_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-constexpr size_t kMostDims = 4;
-
 // Straight to the allocator: torch::stable::empty looks its operator up by name on every call, which takes 1 µs.
 namespace {
 
@@ -106,13 +104,12 @@ Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef shape, const int64_t* s
 
 }  // namespace
 
-Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
-  FASTATTN_CHECK(shape.size() <= kMostDims, "empty: more dimensions than any result has");
-  int64_t stride[kMostDims];
+Tensor empty(const Shape& shape, ScalarType type) {
+  int64_t stride[Shape::kMostDims];
   int64_t count = 1;
-  for (int64_t i = static_cast<int64_t>(shape.size()); i-- > 0;) {
+  for (size_t i = shape.dims; i-- > 0;) {
     stride[i] = count;
-    count *= std::max<int64_t>(1, shape.begin()[i]);
+    count *= std::max<int64_t>(1, shape.extent[i]);
   }
   return allocate(shape, stride, type);
 }

@@ -33,10 +33,32 @@ inline const KernelTable& kernels_of(const Tensor& x, bool reduced_precision) {
   return kernels(reduced_precision && x.scalar_type() == ScalarType::Float);
 }
 
-Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type);  // CPU
-inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  return empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
-}
+// The extents of a result.
+struct Shape {
+  static constexpr size_t kMostDims = 4;
+  int64_t extent[kMostDims] = {};
+  size_t dims = 0;
+
+  Shape(std::initializer_list<int64_t> extents) {
+    for (const int64_t n : extents) push(n);
+  }
+  // x's with `columns` in place of its last.
+  Shape(const Tensor& x, int64_t columns) {
+    const torch::headeronly::IntHeaderOnlyArrayRef of_x = x.sizes();
+    for (size_t i = 0; i + 1 < of_x.size(); ++i) push(of_x[i]);
+    push(columns);
+  }
+  operator torch::headeronly::IntHeaderOnlyArrayRef() const { return {extent, dims}; }
+
+ private:
+  void push(int64_t n) {
+    FASTATTN_CHECK(dims < kMostDims, "a result of more than 4 dimensions");
+    extent[dims++] = n;
+  }
+};
+
+Tensor empty(const Shape& shape, ScalarType type);  // CPU
+
 // (batch, heads, rows, channels), the first three those of x and in their memory order, as elementwise operators give.
 Tensor empty_in_order_of(const Tensor& x, int64_t channels);
 inline Tensor none(const Tensor& like) { return empty({0}, like.scalar_type()); }

@@ -3,7 +3,7 @@
 *Kernel* is the C++ operator called directly (``torch.ops.fastattn.<op>.default``) with arguments that need no more work, so its own
 way through PyTorch's dispatcher, checks and allocations count as kernel; *on top* is the time of the public function less that.
 
-    no grad   under ``no_grad``: arguments, autocast and implementation are looked at, a view made where the operator takes rows
+    no grad   under ``no_grad``: autocast and implementation are looked at
     grad      every input requires a gradient: the same, and the call is recorded for backward
     step      ``grad`` and the backward pass, less the forward and the backward operator: most of it is PyTorch's engine; no bar
 
@@ -94,7 +94,7 @@ def calls() -> Iterator[Call]:
         (torch.randn(SHAPE), *(torch.randn(s) for s in ((HIDDEN, columns), (columns, HIDDEN), HIDDEN, columns))),
         fastattn.ffn,
         lambda x, w_in, w_out, b_in, b_out: F.linear(F.gelu(F.linear(x, w_in, b_in)), w_out, b_out),
-        lambda x, w_in, w_out, b_in, b_out: ffn(x, w_in, b_in, None, None, w_out, b_out, None, 1, 0.0, None, False),
+        lambda x, w_in, w_out, b_in, b_out: ops.ffn_inference.default(x, w_in, b_in, None, None, w_out, b_out, None, 1),
         lambda x, w_in, w_out, b_in, b_out: ffn(x, w_in, b_in, None, None, w_out, b_out, None, 1, 0.0, None, True),
         lambda dout, saved, x, w_in, w_out, b_in, b_out: ffn_back(
             dout, x, w_in, None, w_out, *saved[1:], 1, 0.0, None, True, True, True
@@ -111,11 +111,10 @@ def contenders(call: Call, mode: str) -> dict[str, Callable[[], Any]]:
     """The public function, torch's and the operator, each with everything at hand; what they give first is the same."""
     plain = (_rows_of(call.inputs[0], call), *call.inputs[1:])
     if mode == "no grad":
-        of_operator = call.inputs if call.op == "layer_norm" else plain
         return {
             "function": lambda: call.function(*call.inputs),
             "torch": lambda: call.torch(*call.inputs),
-            "kernel": lambda: call.inference(*of_operator),
+            "kernel": lambda: call.inference(*call.inputs),
         }
     leaves = [x.clone().requires_grad_() for x in call.inputs]
     if mode == "grad":

@@ -163,13 +163,12 @@ def _norm_backward(*arguments: Any) -> list[Rule]:
 
 
 def _linear_forward(x: Any, weight: Any, bias: Any, residual: Any) -> list[Rule]:
-    rules = [
-        _replicated("linear_forward", 1, (x, weight, bias, residual)),
-        ([_S0], [_S0, _R, _given(bias, _R), _given(residual, _S0)]),
-        ([_S1], [_R, _S0, _given(bias, _S0), _given(residual, _S1)]),
-    ]
+    *rows, columns = (Shard(dim) for dim in range(len(x.shape)))
+    rules = [_replicated("linear_forward", 1, (x, weight, bias, residual))]
+    rules += [([split], [split, _R, _given(bias, _R), _given(residual, split)]) for split in rows]
+    rules.append(([columns], [_R, _S0, _given(bias, _S0), _given(residual, columns)]))
     if bias is None and residual is None:
-        rules.append(([Partial()], [_S1, _S1, None, None]))
+        rules.append(([Partial()], [columns, _S1, None, None]))
     return rules
 
 
@@ -188,22 +187,40 @@ def _linear_backward(*arguments: Any) -> list[Rule]:
     ]
 
 
+def _whole_weights(arguments: Sequence[Any]) -> list[Any]:
+    """Of ffn's w_in .. b_out, each whole."""
+    return [_R if _is_tensor(t) else None for t in arguments[1:7]]
+
+
+def _hidden_split(arguments: Sequence[Any]) -> list[Any]:
+    """Of the same, the hidden features split."""
+    _, _, b_in, w_gate, b_gate = arguments[:5]
+    return [_S0, _given(b_in, _S0), _given(w_gate, _S0), _given(b_gate, _S0), _S1, None]
+
+
 def _ffn_forward(*arguments: Any) -> list[Rule]:
-    x, w_in, b_in, w_gate, b_gate, w_out, b_out, residual, _, dropout_p, _, save_pre = arguments
+    x, _, _, w_gate, _, _, b_out, residual, _, dropout_p, _, save_pre = arguments
     _refuse_dropout("ffn_forward", dropout_p)
     flags: list[Any] = [None] * 4
 
     def results(out: Any, hidden: Any) -> list[Any]:
         return [out, hidden if save_pre else _R, hidden if save_pre and w_gate is not None else _R]
 
-    weights = [_R if _is_tensor(t) else None for t in arguments[1:7]]
-    rules = [
-        _replicated("ffn_forward", 3, arguments),
-        (results(_S0, _S0), [_S0, *weights, _given(residual, _S0), *flags]),
-    ]
+    rules = [_replicated("ffn_forward", 3, arguments)]
+    if len(x.shape) == 2:  # else the rows of a rank's share of x are not its share of the rows
+        rules.append((results(_S0, _S0), [_S0, *_whole_weights(arguments), _given(residual, _S0), *flags]))
     if b_out is None and residual is None:
-        hidden = [_S0, _given(b_in, _S0), _given(w_gate, _S0), _given(b_gate, _S0), _S1, None]
-        rules.append((results(Partial(), _S1), [_R, *hidden, None, *flags]))
+        rules.append((results(Partial(), _S1), [_R, *_hidden_split(arguments), None, *flags]))
+    return rules
+
+
+def _ffn_inference(*arguments: Any) -> list[Rule]:
+    x, b_out, residual = arguments[0], arguments[6], arguments[7]
+    rules = [_replicated("ffn_inference", 1, arguments)]
+    for split in map(Shard, range(len(x.shape) - 1)):
+        rules.append(([split], [split, *_whole_weights(arguments), _given(residual, split), None]))
+    if b_out is None and residual is None:
+        rules.append(([Partial()], [_R, *_hidden_split(arguments), None, None]))
     return rules
 
 
@@ -291,6 +308,7 @@ _RULES = {
     "linear_forward": _linear_forward,
     "linear_backward": _linear_backward,
     "ffn_forward": _ffn_forward,
+    "ffn_inference": _ffn_inference,
     "ffn_backward": _ffn_backward,
     "rope": _rope,
     "cross_entropy_forward": _cross_entropy_forward,

@@ -37,6 +37,11 @@ def _one_by_one(
     return (None, None) if found[0] is None else (torch.stack(found), 0)
 
 
+def _dims(x: Tensor, dim: int | None) -> int:
+    """Of one sample of x."""
+    return x.dim() - (dim is not None)
+
+
 def _joined(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """x of every sample, with the samples as part of its first dimension."""
     if x is None:
@@ -144,7 +149,8 @@ def _rows(
     sample."""
 
     def rule(operator: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(in_dims[i] is not None for i in whole) or (dropout is not None and args[dropout] > 0):
+        one_row = _dims(args[0], in_dims[0]) == 1
+        if one_row or any(in_dims[i] is not None for i in whole) or (dropout is not None and args[dropout] > 0):
             return _one_by_one(operator, size, in_dims, args, kwargs)
         joined = [_joined(x, in_dims[i], size) if i in matrices else x for i, x in enumerate(args)]
         found = operator(*(False if i in flags else x for i, x in enumerate(joined)), **kwargs)
@@ -179,6 +185,8 @@ def _linear_forward(
 ) -> Any:
     if in_dims[1] is None and in_dims[2] is None:
         return _rows((0, 3), (1, 2))(operator, size, in_dims, args, kwargs)
+    if _dims(args[0], in_dims[0]) != 2:
+        return _one_by_one(operator, size, in_dims, args, kwargs)
     each = [_each(x, dim, size) for x, dim in zip(args, in_dims, strict=True)]
     return sums.linear(*each), 0  # type: ignore[arg-type]
 
@@ -279,6 +287,7 @@ _RULES: dict[str, Rule] = {
     "linear_forward": _linear_forward,
     "linear_backward": _linear_backward,
     "ffn_forward": _rows((0, 7), (1, 2, 3, 4, 5, 6), 9),
+    "ffn_inference": _rows((0, 7), (1, 2, 3, 4, 5, 6)),
     "ffn_backward": _rows((0, 1, 5, 6), (2, 3, 4), 8, (11, 12), _ffn_sums),
     "cross_entropy_forward": _loss(1, (2,)),
     "cross_entropy_backward": _loss_backward(2, (3,)),

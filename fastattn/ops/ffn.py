@@ -39,6 +39,7 @@ class _Options(NamedTuple):
 
 _linear = products("linear_forward")
 _forward = products("ffn_forward")
+_inference = products("ffn_inference")
 _triton_forward = torch.ops.fastattn.triton_ffn_forward.default
 _backward = products("ffn_backward")
 _triton_backward = torch.ops.fastattn.triton_ffn_backward.default
@@ -72,7 +73,8 @@ def _preactivations(
 class _FFN(torch.autograd.Function):
     """(x, w_in, b_in, w_gate, b_gate, w_out, b_out, residual) -> (out, pre, gate).
 
-    pre and gate are what backward needs; with ``recompute`` they are (0,) and backward computes them again.
+    x, residual and out are matrices, or of any dimensions where the operator takes them. pre and gate are what backward needs;
+    with ``recompute`` they are (0,) and backward computes them again.
     """
 
     generate_vmap_rule = True
@@ -100,10 +102,13 @@ class _FFN(torch.autograd.Function):
         needs = ctx.needs_input_grad[:7]
         grads: tuple[Tensor | None, ...] = (None,) * 7
         if any(needs):
+            x, *saved = ctx.saved_tensors
             gradient = backward_by(_FFNGradient, _FFNGradientDual)
             wanted = (needs[0], any(needs[i] for i in (1, 3, 5)), any(needs[i] for i in (2, 4, 6)))
             context = (ctx.rng_state, ctx.triton, ctx.recompute)
-            grads = gradient(dout, *ctx.saved_tensors, *context, *wanted, *ctx.options)
+            rows = _validate.as_matrix(dout), _validate.as_matrix(x)
+            dx, *of_parameters = gradient(*rows, *saved, *context, *wanted, *ctx.options)
+            grads = (dx if x.dim() == 2 or not needs[0] else dx.view_as(x), *of_parameters)
         onto_residual = dout if ctx.needs_input_grad[7] else None
         return (*[g if need else None for g, need in zip(grads, needs, strict=True)], onto_residual, *[None] * 5)
 
@@ -296,21 +301,12 @@ def _in_short(tensors: tuple[Any, ...], activation: int, recompute: bool) -> Ten
     here and takes the long way, which does it or says what is wrong."""
     try:
         recorded = records(*tensors)
-        x, *parameters, residual = tensors
-        if recorded is None or not (x.is_contiguous() and x.is_floating_point()) or torch.is_autocast_enabled("cpu"):
+        # A refusal by the operator takes 20 µs: strides are asked for first.
+        if recorded is None or not tensors[0].is_contiguous() or torch.is_autocast_enabled("cpu"):
             return None
-        rows = x
-        if x.dim() != 2:
-            if residual is not None:
-                if residual.shape[:-1] != x.shape[:-1]:
-                    return None
-                residual = residual.flatten(0, -2)
-            rows = x.flatten(0, -2)
         if recorded:
-            out = _feed_forward_recorded(rows, *parameters, residual, None, False, recompute, activation, 0.0)
-        else:
-            out = _forward(rows, *parameters, residual, activation, 0.0, None, False)[0]
-        return out if rows is x else _validate.as_rows_of(out, x)
+            return _feed_forward_recorded(*tensors, None, False, recompute, activation, 0.0)
+        return _inference(*tensors, activation)
     except REFUSALS:
         return None
 

@@ -159,6 +159,27 @@ def ffn_by_rows_and_hidden_features(mesh: DeviceMesh) -> None:
 
 
 @check
+def products_of_rows_in_two_dimensions(mesh: DeviceMesh) -> None:
+    x, w_in, w_out, residual = draw(4, 6, 8), draw(12, 8), draw(10, 12), draw(4, 6, 10)
+    linear, ffn = torch.ops.fastattn.linear_forward.default, torch.ops.fastattn.ffn_inference.default
+    whole = lambda x: distribute_tensor(x, mesh, [R])
+    for split in (S0, S1):
+        rows = [distribute_tensor(t, mesh, [split]) for t in (x, residual)]
+        out = ffn(rows[0], whole(w_in), None, None, None, whole(w_out), None, rows[1], 1)
+        assert out.placements == (split,)
+        expected = ffn(x, w_in, None, None, None, w_out, None, residual, 1)
+        torch.testing.assert_close(out.full_tensor(), expected, rtol=1e-4, atol=1e-5)
+        y = linear(rows[0], whole(w_in), None, None)
+        assert y.placements == (split,)
+        torch.testing.assert_close(y.full_tensor(), linear(x, w_in, None, None), rtol=1e-4, atol=1e-5)
+    features = [distribute_tensor(w_in, mesh, [S0]), distribute_tensor(w_out, mesh, [S1])]
+    out = ffn(whole(x), features[0], None, None, None, features[1], None, None, 1)
+    assert out.placements == (Partial(),)
+    expected = ffn(x, w_in, None, None, None, w_out, None, None, 1)
+    torch.testing.assert_close(out.full_tensor(), expected, rtol=1e-4, atol=1e-5)
+
+
+@check
 def rope_by_batch_and_heads(mesh: DeviceMesh) -> None:
     angles = draw(5, 3)
     cos, sin = angles.cos(), angles.sin()

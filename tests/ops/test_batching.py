@@ -198,6 +198,21 @@ def test_targets_and_weights_of_their_own() -> None:
             torch.testing.assert_close(mine[i], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("own_weight", (False, True))
+@pytest.mark.parametrize("lead", ((), (4,), (2, 4)), ids=str)
+def test_operators_on_rows_of_any_dimensions(lead: tuple[int, ...], own_weight: bool) -> None:
+    linear, ffn = torch.ops.fastattn.linear_forward.default, torch.ops.fastattn.ffn_inference.default
+    x, weights = _draw(SAMPLES, *lead, 6), torch.stack([W * (1 + i) for i in range(SAMPLES)])
+    w = weights if own_weight else W
+    for call in (
+        lambda x, w: linear(x, w, B1, None),
+        lambda x, w: ffn(x, w, B1, w.flip(0), None, w.mT.contiguous(), None, x, 3),
+    ):
+        found = torch.func.vmap(call, in_dims=(0, 0 if own_weight else None))(x, w)
+        expected = torch.stack([call(x[i], w[i] if own_weight else w) for i in range(SAMPLES)])
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_sample_without_tokens_to_count() -> None:
     """Its mean is NaN, its gradient and the others' are not touched by it."""
     target = torch.tensor([[1, 2], [-100, -100]])

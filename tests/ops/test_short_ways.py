@@ -66,7 +66,7 @@ def _results(call: Call, tensors: list[Tensor], gradients: bool, **keywords: Any
 
 
 @pytest.mark.parametrize("gradients", (False, True))
-@pytest.mark.parametrize("lead", ((7,), (2, 3), ()), ids=str)
+@pytest.mark.parametrize("lead", ((7,), (2, 3), (2, 1, 3), (2, 0), ()), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_same_bits_as_the_long_way(name: str, dtype: torch.dtype, lead: tuple[int, ...], gradients: bool) -> None:
@@ -88,6 +88,78 @@ def test_it_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         call(*tensors)
     assert len(taken) == 2 and all(result is not None for result in taken)
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("lead", ((7,), (2, 3), ()), ids=str)
+@pytest.mark.parametrize("name", ("linear", "ffn", "glu_ffn"))
+def test_derivatives_of_what_was_recorded(name: str, lead: tuple[int, ...], recompute: bool) -> None:
+    """Twice differentiated, and for several upstream gradients at once, as the long way, which records matrices."""
+    _, call, tensors = _cases(torch.float64, *lead)[name]
+    keywords: dict[str, Any] = {} if name == "linear" else {"recompute": recompute}
+
+    def run(implementation: str) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = call(*leaves, implementation=implementation, **keywords)
+        upstream = torch.stack([out.detach(), out.detach().cos()])
+        several = torch.autograd.grad(out, leaves, upstream, retain_graph=True, is_grads_batched=True)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)
+        return [*several, *first, *second]
+
+    for mine, other in zip(run("auto"), run("cpu"), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ("linear", "ffn", "glu_ffn"))
+def test_strides(name: str) -> None:
+    """Rows that do not lie one after the other, in x, in the residual and in the weights."""
+    _, call, tensors = _cases(torch.float32, 2, 3)[name]
+    expected = _results(call, tensors, True)
+    for i, t in enumerate(tensors):
+        apart = torch.stack([t, t], -1)[..., 0]
+        assert not apart.is_contiguous()
+        leaves = [apart if i == j else other.clone() for j, other in enumerate(tensors)]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = call(*leaves)
+        found = [out, *torch.autograd.grad(out, leaves, _draw(out.dtype, *out.shape))]
+        assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
+        with torch.no_grad():
+            assert torch.equal(call(*leaves), expected[0])
+
+
+def test_what_the_operators_refuse() -> None:
+    """Called directly, with what would read past a tensor's end or be no number."""
+    linear, ffn = torch.ops.fastattn.linear_forward.default, torch.ops.fastattn.ffn_inference.default
+    forward = torch.ops.fastattn.ffn_forward.default
+    x, w = torch.randn(2, 3, 4), torch.randn(4, 4)
+    bad = [
+        (x[..., :3], w, None),
+        (x.mT, w, None),
+        (x[0, 0, 0], w, None),
+        (torch.randn(1, 1, 1, 1, 4), w, None),
+        (x, w[:, :3], None),
+        (x, w.double(), None),
+        (x.bool(), w.bool(), None),
+        (x.int(), w.int(), None),
+        (x, w, x[0]),
+        (x, w, x.flatten(0, 1)),
+        (x, w, x[:, :2]),
+        (x, w, x.mT),
+        (x, w, x[..., :3].contiguous()),
+        (x, w, x.double()),
+        (x, w, x[0, 0, 0]),
+    ]
+    for x, w, residual in bad:
+        for call in (
+            lambda x, w, residual: linear(x, w, None, residual),
+            lambda x, w, residual: ffn(x, w, None, None, None, w, None, residual, 0),
+            lambda x, w, residual: forward(x, w, None, None, None, w, None, residual, 0, 0.0, None, True),
+        ):
+            with pytest.raises(RuntimeError, match="fastattn: "):
+                call(x, w, residual)
+    with pytest.raises(RuntimeError, match="unknown activation"):
+        ffn(torch.ones(1, 4), torch.ones(4, 4), None, None, None, torch.ones(4, 4), None, None, 4)
 
 
 @pytest.mark.parametrize("name", ("linear", "ffn", "glu_ffn"))

@@ -52,9 +52,7 @@ struct StreamLaunch : host_cuda::Launch {
 };
 
 inline auto allocator(const Tensor& like) {
-  return [&like](std::initializer_list<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
-  };
+  return [&like](const Shape& shape, ScalarType type) { return torch::stable::new_empty(like, shape, type); };
 }
 
 }  // namespace cuda
