@@ -13,7 +13,7 @@ _EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 @pytest.mark.parametrize(
     "name, arguments, expected",
     [
-        ("convert_modules", {"width": 128, "layers": 1, "tokens": 16}, "12 swapped, 0 left"),
+        ("convert_modules", {"width": 128, "layers": 1, "tokens": 16}, "14 swapped, 0 left"),
         ("patch_functional", {"width": 64, "tokens": 32}, "attention: "),
         ("flash_registry", {"width": 64, "tokens": 70}, "FASTATTN"),
     ],

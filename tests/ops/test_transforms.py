@@ -50,6 +50,25 @@ def _attention_varlen(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Te
     return out * lse.transpose(0, 1).unsqueeze(-1)
 
 
+def _attention_weights(q: Tensor, k: Tensor, lse: Tensor, mask: Tensor, slopes: Tensor) -> Tensor:
+    return fastattn.attention_weights(
+        q,
+        k,
+        lse,
+        attn_mask=mask,
+        causal=True,
+        softcap=3.0,
+        alibi_slopes=slopes,
+        dropout_p=0.2,
+        rng_state=RNG,
+        implementation="cpu",
+    )
+
+
+def _averaged_weights(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+    return fastattn.attention_weights(q, k, lse, average_heads=True, implementation="cpu")
+
+
 def _layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y, h = fastattn.layer_norm(
         x,
@@ -113,6 +132,8 @@ def _token_losses(x: Tensor, weight: Tensor) -> Tensor:
 OPS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "attention": (_attention, ((1, 2, 5, 4), (1, 1, 6, 4), (1, 1, 6, 3), (2, 1, 6), (2,), (2,))),
     "attention_varlen": (_attention_varlen, ((5, 2, 4), (6, 1, 4), (6, 1, 3), (3, 2), (2,))),
+    "attention_weights": (_attention_weights, ((1, 2, 5, 4), (1, 1, 6, 4), (1, 2, 5), (2, 1, 6), (2,))),
+    "averaged_weights": (_averaged_weights, ((1, 2, 5, 4), (1, 1, 6, 4), (1, 2, 5))),
     "layer_norm": (_layer_norm, ((3, 6), (3, 6), (6,), (6,))),
     "rms_norm": (_rms_norm, ((3, 6), (6,))),
     "residual_norm": (_residual_norm, ((3, 6), (3, 6))),
