@@ -14,9 +14,9 @@ import fastattn
 import fastattn.integrations.huggingface
 
 
-def load() -> torch.nn.Module:
-    if len(sys.argv) > 1:
-        return AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager").eval()
+def load(name: str | None) -> torch.nn.Module:
+    if name is not None:
+        return AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager").eval()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4000, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
@@ -36,11 +36,11 @@ def timed(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> t
     return logits, min(seconds)
 
 
-def main() -> None:
-    model = load()
-    tokens = torch.randint(3, model.config.vocab_size, (2, 512))
+def main(name: str | None = None, length: int = 512) -> None:
+    model = load(name)
+    tokens = torch.randint(3, model.config.vocab_size, (2, length))
     mask = torch.ones_like(tokens)
-    mask[1, :100] = 0  # padding on the left, as for generation
+    mask[1, : length // 5] = 0  # padding on the left, as for generation
 
     expected, eager_seconds = timed(model, tokens, mask)
     model.set_attn_implementation("fastattn")
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])
