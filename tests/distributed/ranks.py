@@ -280,10 +280,26 @@ def distribute(t: Tensor, like: Tensor, mesh: DeviceMesh, placement: Placement =
     return distribute_tensor(t, mesh, [placement]) if isinstance(like, DTensor) else t
 
 
+class _OverItself(nn.Module):
+    """A decoder whose memory is its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(16, 2, 24, dropout=0.0, batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+
 def _model() -> nn.Module:
+    """Of every module of fastattn.nn."""
     torch.manual_seed(5)
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
-    return fastattn.convert(nn.Sequential(nn.TransformerEncoder(layer, 2), nn.LayerNorm(16)))
+    chain = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+    gated = fastattn.nn.FeedForward(16, 24, activation="silu", gated=True)
+    parts = (nn.TransformerEncoder(layer, 2), nn.LayerNorm(16), chain, gated, _OverItself(), nn.RMSNorm(16))
+    return fastattn.convert(nn.Sequential(*parts))
 
 
 def _trained(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -227,6 +227,14 @@ def test_weights_are_returned_after_dropout_and_are_those_of_the_output():
     torch.testing.assert_close(out, ours.out_proj((weights @ v).transpose(1, 2).flatten(-2)))
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_asking_for_weights_keeps_the_bits_of_the_fused_output(average):
+    ours, _ = pair(batch_first=True)
+    x, mask = shaped("batch_first", L), sample(L, L)
+    expected = ours(x, x, x, attn_mask=mask, need_weights=False)[0]
+    assert torch.equal(ours(x, x, x, attn_mask=mask, average_attn_weights=average)[0], expected)
+
+
 def test_dropout_acts_on_the_weights_in_training_only():
     """Each output is a mean over dropped weights: its expectation is the output without dropout."""
     ours, theirs = pair(batch_first=True, dropout=0.3)
