@@ -26,7 +26,7 @@ extern "C" {
 // Whether the kernel takes the call; then its results, from so many persistent blocks.
 bool attention_sm90_forward(const AttentionParams* p, int blocks, bool late_copies) {
   if (!cuda::attention_sm90_takes(*p)) return false;
-  cuda::late_copies = late_copies;
+  host_cuda::schedule.late_copies = late_copies;
   const host_cuda::Launch launch;
   if (p->dtype == DType::kFloat16) {
     cuda::launch_attention_sm90_forward<Half>(*p, blocks, cuda::boxes_map, launch);
@@ -39,7 +39,7 @@ bool attention_sm90_forward(const AttentionParams* p, int blocks, bool late_copi
 // The same for dq, dk and dv, from lse and delta: in a fixed order, or with dq's sums in memory.
 bool attention_sm90_backward(const AttentionBackwardParams* p, bool in_order, bool late_copies) {
   if (!cuda::attention_sm90_backward_takes(*p)) return false;
-  cuda::late_copies = late_copies;
+  host_cuda::schedule.late_copies = late_copies;
   p->dtype == DType::kFloat16 ? backward<Half>(*p, in_order) : backward<BFloat16>(*p, in_order);
   return true;
 }

@@ -18,6 +18,9 @@ def compiled(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     library = folder / f"{Path(source).stem}.so"
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", *flags]
+    # Unique symbols would be one variable in all the libraries of a process.
+    apart = ["-fno-gnu-unique"] if compiler.endswith("g++") else []
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", *apart, *flags]
+    command.append(f"-I{ROOT / 'csrc'}")
     subprocess.run([*command, str(ROOT / "tests" / "cuda" / source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

@@ -1,5 +1,5 @@
-// The functions of csrc/cuda/ptx.cuh over the host model of a block. A copy of cp.async moves its bytes when its thread
-// waits for the group: what reads them earlier finds what was there before.
+// The functions of csrc/cuda/ptx.cuh over the host model of a block. A copy of cp.async moves its bytes at its start,
+// or (host_cuda::schedule) when its thread waits for the group; from its start until then they are NaN.
 #pragma once
 
 // clang-format off
@@ -73,7 +73,10 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline void cp_async16(void* to, const void* from, int bytes) {
   host_cuda::aligned_or_abort(to, "cp.async"), host_cuda::aligned_or_abort(from, "cp.async");
-  host_cuda::own_copies().back().push_back({to, from, bytes});
+  const host_cuda::Copy copy{to, from, bytes};
+  if (!host_cuda::late_copy()) return host_cuda::arrive(copy);
+  std::memset(to, host_cuda::kUntouched, 16);
+  host_cuda::own_copies().back().push_back(copy);
 }
 
 inline void cp_async_commit() { host_cuda::own_copies().push_back({}); }

@@ -1,9 +1,9 @@
 // The instructions of sm_90a in csrc/cuda/ptx.cuh on the host model of a block, by the layouts of the PTX manual.
 //
-// The hardware takes its time with TMA and wgmma. Here a copy lands at its start and a product is computed when its
-// thread waits for it; or (late_copies) bytes land when a thread waits for their barrier, and products are computed at
-// their start. A buffer that is given back too early is wrong in the first, one that is read too early in the second.
-// mbarriers do wait, and a ring that cannot go on is a deadlock. What a missing fence would break is not seen.
+// The hardware takes its time with TMA and wgmma. Here (host_cuda::schedule) a copy lands at its start, or when no
+// thread can go on before it does, and is NaN until then; a product is computed at its start, or when its warp waits
+// for it and no other warp can go on. mbarriers do wait, and a ring that cannot go on is a deadlock. What a missing
+// fence would break is not seen.
 #pragma once
 
 #include <functional>
@@ -16,18 +16,16 @@
 namespace fastattn {
 namespace cuda {
 
-inline bool late_copies = false;
-
 inline host_cuda::Barrier& named_barrier(int id, int threads) {
-  static host_cuda::Barrier barriers[16];
   if (id < 0 || id >= 16 || threads % 32 != 0) std::abort();
-  barriers[id].size = threads;
-  return barriers[id];
+  host_cuda::named_barriers[id].size = threads;
+  return host_cuda::named_barriers[id];
 }
 inline void named_barrier_sync(int id, int threads) { host_cuda::wait(named_barrier(id, threads)); }
 inline void named_barrier_arrive(int id, int threads) {
   host_cuda::Barrier& barrier = named_barrier(id, threads);
   if (++barrier.arrived == barrier.size) host_cuda::release(barrier);
+  host_cuda::yield();
 }
 
 inline int warpgroup_thread() { return static_cast<int>(threadIdx.x % 128); }
@@ -48,47 +46,40 @@ inline HostBarrier& host_barrier(uint64_t* barrier) { return *reinterpret_cast<H
 
 inline void mbarrier_count(uint64_t* barrier, int arrivals, int bytes) {
   HostBarrier& b = host_barrier(barrier);
-  if (b.pending < arrivals) {
-    std::fprintf(stderr, "more arrivals at an mbarrier than its %d\n", b.count);
-    std::abort();
-  }
+  if (b.pending < arrivals) host_cuda::fail("more arrivals at an mbarrier than its count");
   b.pending -= arrivals, b.bytes += bytes;
   if (b.pending != 0 || b.bytes != 0) return;
   b.parity = !b.parity, b.pending = b.count;
-  ++host_cuda::progress;
+  ++host_cuda::events;
 }
 inline void mbarrier_init(uint64_t* barrier, int count) {
   host_barrier(barrier) = {static_cast<uint8_t>(count), static_cast<uint8_t>(count), false, 0};
 }
 inline void mbarrier_init_fence() {}
-// Whoever waited for it goes on before its thread does.
+// Whoever waited for it may go on before its thread does.
 inline void mbarrier_arrive(uint64_t* barrier) {
   mbarrier_count(barrier, 1, 0);
-  ++host_cuda::progress;
   host_cuda::yield();
 }
 inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) { mbarrier_count(barrier, 1, bytes); }
-// Copies under way whose bytes have not landed, by barrier.
-struct HostCopy {
-  uint64_t* barrier;
-  std::function<void()> land;
-};
-inline std::vector<HostCopy> host_copies;
-
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
-  while (host_barrier(barrier).parity == static_cast<bool>(parity)) {
-    std::vector<HostCopy> due;
-    for (size_t i = 0; i < host_copies.size();) {
-      if (host_copies[i].barrier == barrier) {
-        due.push_back(std::move(host_copies[i]));
-        host_copies.erase(host_copies.begin() + static_cast<int64_t>(i));
-      } else {
-        ++i;
-      }
-    }
-    for (const HostCopy& copy : due) copy.land();
-    if (due.empty()) host_cuda::yield();
-  }
+  host_cuda::wait_until(
+      [](const void* at, int64_t phase) {
+        return static_cast<const HostBarrier*>(at)->parity != static_cast<bool>(phase);
+      },
+      barrier, parity);
+}
+
+// Copies under way, in the order of their starts.
+inline std::deque<std::function<void()>> host_copies;
+
+inline bool land_copy() {
+  if (host_copies.empty()) return false;
+  const unsigned which = host_cuda::chance(static_cast<unsigned>(host_copies.size()));
+  const auto land = std::move(host_copies[which]);
+  host_copies.erase(host_copies.begin() + which);
+  land();
+  return true;
 }
 
 // A tensor of 16-bit elements and its box, extents and strides in elements, innermost first.
@@ -116,7 +107,9 @@ inline TensorMap boxes_map(const TensorBoxes<5>& x) {
 }
 
 // Bits 4 to 6 of an address in shared memory change by bits 7 to 9.
-inline char* swizzled_128(int64_t address) { return dynamic_shared() + (address ^ (address >> 7 & 7) << 4); }
+inline char* swizzled_128(int64_t address, char* memory = dynamic_shared()) {
+  return memory + (address ^ (address >> 7 & 7) << 4);
+}
 
 inline void tma_load_5d(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4) {
   const int64_t start = static_cast<char*>(to) - dynamic_shared(), corner[5] = {c0, c1, c2, c3, c4};
@@ -126,7 +119,12 @@ inline void tma_load_5d(void* to, const TensorMap& map, uint64_t* barrier, int c
     std::fprintf(stderr, "TMA: the tile is not at a multiple of 1024 bytes, or its rows exceed the swizzle's\n");
     std::abort();
   }
-  const auto land = [=, &map] {
+  const bool late = host_cuda::late_copy();
+  if (late) {
+    for (int64_t i = 0; i < count; ++i) std::memset(swizzled_128(start + i * 2), host_cuda::kUntouched, 2);
+  }
+  char* const memory = dynamic_shared();
+  const auto land = [=] {
     for (int64_t i = 0; i < count; ++i) {
       bool inside = true;
       int64_t offset = 0, rest = i;
@@ -136,23 +134,19 @@ inline void tma_load_5d(void* to, const TensorMap& map, uint64_t* barrier, int c
         offset += at * map.strides[dim];
       }
       const uint16_t x = inside ? map.data[offset] : 0;
-      std::memcpy(swizzled_128(start + i * 2), &x, sizeof x);
+      std::memcpy(swizzled_128(start + i * 2, memory), &x, sizeof x);
     }
     mbarrier_count(barrier, 0, static_cast<int>(-count * 2));
   };
-  if (late_copies) {
-    host_copies.push_back({barrier, land});
-  } else {
-    land();
-  }
+  late ? host_copies.push_back(land) : land();
 }
 
 inline void tma_load_2d(void* to, const TensorMap& map, uint64_t* barrier, int column, int row) {
   tma_load_5d(to, map, barrier, column, row, 0, 0, 0);
 }
 
-// A thread's additions to global memory under way. What they add is read at their start, or (late_copies) when the
-// thread waits for that and the others have gone on; memory has it when the thread waits for that.
+// A thread's additions to global memory under way. What they add is read at their start, or when the thread waits for
+// that and no other can go on; memory has it when the thread waits for that.
 struct HostAddition {
   float* to;
   const void* from;
@@ -165,7 +159,6 @@ struct HostAddition {
   }
 };
 inline std::vector<HostAddition> host_additions[1024];
-constexpr int kLateTurns = 40;  // of every other thread, enough to get to its next block of rows
 
 inline void bulk_add(float* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
@@ -173,14 +166,18 @@ inline void bulk_add(float* to, const void* from, int bytes) {
     std::abort();
   }
   HostAddition addition{to, from, std::vector<float>(static_cast<size_t>(bytes) / sizeof(float))};
-  if (!late_copies) addition.take();
+  if (!host_cuda::late_copy()) addition.take();
   host_additions[host_cuda::current].push_back(std::move(addition));
 }
 inline void bulk_commit() {
   for (HostAddition& addition : host_additions[host_cuda::current]) addition.committed = true;
 }
 inline void bulk_wait_read() {
-  for (int turn = 0; late_copies && turn < kLateTurns; ++turn) ++host_cuda::progress, host_cuda::yield();
+  for (const HostAddition& addition : host_additions[host_cuda::current]) {
+    if (!addition.committed || addition.read) continue;
+    host_cuda::yield_to_all();
+    break;
+  }
   for (HostAddition& addition : host_additions[host_cuda::current]) {
     if (addition.committed && !addition.read) addition.take();
   }
@@ -199,11 +196,22 @@ inline void fence_async_shared() {}
 // Products of a thread that were started, by group; the last group is open.
 inline std::deque<std::vector<std::function<void()>>> host_products[1024];
 
+// What a block left under way is lost with its shared memory, but for copies, which must have been waited for.
+inline void end_of_block_sm90() {
+  if (!host_copies.empty()) host_cuda::fail("copies under way at the end of a block");
+  for (auto& additions : host_additions) additions.clear();
+  for (auto& groups : host_products) groups.clear();
+}
+inline const bool host_registered =
+    (host_cuda::land_one = land_copy, host_cuda::end_of_block = end_of_block_sm90, true);
+
 template <class F>
 inline void start_product(const F& product) {
-  if (late_copies) return product();
   auto& groups = host_products[host_cuda::current];
   if (groups.empty()) groups.emplace_back();
+  bool behind = false;  // products of a warp end in their order
+  for (const auto& group : groups) behind |= !group.empty();
+  if (!behind && !host_cuda::late_product()) return product();
   groups.back().push_back(product);
 }
 
@@ -212,6 +220,9 @@ inline void wgmma_commit() { host_products[host_cuda::current].emplace_back(); }
 template <int kPending>
 inline void wgmma_wait() {
   auto& groups = host_products[host_cuda::current];
+  bool waits = false;
+  for (size_t i = 0; i + kPending + 1 < groups.size(); ++i) waits |= !groups[i].empty();
+  if (waits) host_cuda::yield_to_all();
   for (; groups.size() > kPending + 1; groups.pop_front()) {
     for (const auto& product : groups.front()) product();
   }
