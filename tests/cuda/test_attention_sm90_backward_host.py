@@ -74,6 +74,15 @@ def _run(
     return grads
 
 
+def _padded(x: Tensor) -> Tensor:
+    """With rows of a multiple of 16 bytes, as TMA reads them; NaN between."""
+    if x.shape[-1] % 8 == 0:
+        return x
+    rows = x.new_full((*x.shape[:-1], x.shape[-1] + -x.shape[-1] % 8), math.nan)
+    rows[..., : x.shape[-1]] = x
+    return rows[..., : x.shape[-1]]
+
+
 def _check(
     kernels: ctypes.CDLL,
     call: Call,
@@ -92,6 +101,7 @@ def _check(
     for x, unseen in zip(spoilt, [unseen_rows] * 3 + [unseen_keys] * 2, strict=True):
         if unseen is not None:
             x[:, :, unseen] = math.nan
+    spoilt[:2], spoilt[3:] = map(_padded, spoilt[:2]), map(_padded, spoilt[3:])
     call = call._replace(q=spoilt[0], k=spoilt[3], v=spoilt[4])
     forms = {}
     wide = max(call.q.shape[3], call.v.shape[3]) > 128
@@ -115,6 +125,9 @@ def _check(
         ((2, 1), 130, 140, (128, 128), torch.bfloat16),
         ((2, 1), 150, 90, (200, 256), torch.bfloat16),
         ((1, 1), 65, 130, (192, 128), torch.float16),
+        # Gradients whose rows are no multiple of 16 bytes; a warpgroup without channels of its own.
+        ((2, 1), 70, 90, (100, 70), torch.float16),
+        ((1, 1), 70, 90, (33, 250), torch.bfloat16),
     ],
     ids=str,
 )

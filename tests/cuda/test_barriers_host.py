@@ -108,6 +108,8 @@ def _sm90_forward(kernels: ctypes.CDLL, late: bool) -> None:
 
 def _sm90_backward(kernels: ctypes.CDLL, late: bool) -> None:
     sm90_backward.test_every_tile(kernels, (2, 1), 140, 200, (64, 64), torch.bfloat16, late)
+    # Both warpgroups share lines.
+    sm90_backward.test_every_tile(kernels, (2, 1), 70, 200, (200, 256), torch.bfloat16, late)
 
 
 def _decode(kernels: ctypes.CDLL, late: bool) -> None:
