@@ -274,37 +274,6 @@ __device__ inline void wgmma_fence_sums(float (&d)[kSums]) {
   FASTATTN_SUMS_8(i), FASTATTN_SUMS_8(i + 8), FASTATTN_SUMS_8(i + 16), FASTATTN_SUMS_8(i + 24), \
       FASTATTN_SUMS_8(i + 32), FASTATTN_SUMS_8(i + 40), FASTATTN_SUMS_8(i + 48), FASTATTN_SUMS_8(i + 56)
 
-// d (64 x N, a warpgroup's) += a b in T, both in shared memory, MN-major if across. Lane l of warp w holds row
-// 16 w + l / 4 + 8 (e / 2) and column 8 j + 2 (l % 4) + e % 2 in d[4 j + e].
-template <class T, bool kAcrossA, bool kAcrossB>
-__device__ inline void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
-#define FASTATTN_WGMMA_N128(type)                                                                     \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" FASTATTN_REGISTERS_0 \
-               "}, %64, %65, 1, 1, 1, %66, %67;"                                                      \
-               : FASTATTN_SUMS_64(0)                                                                  \
-               : "l"(a), "l"(b), "n"(static_cast<int>(kAcrossA)), "n"(static_cast<int>(kAcrossB)))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    FASTATTN_WGMMA_N128("bf16");
-  } else {
-    FASTATTN_WGMMA_N128("f16");
-  }
-#undef FASTATTN_WGMMA_N128
-}
-template <class T, bool kAcrossA, bool kAcrossB>
-__device__ inline void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
-#define FASTATTN_WGMMA_N256(type)                                                                     \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" FASTATTN_REGISTERS_0 \
-               ", " FASTATTN_REGISTERS_64 "}, %128, %129, 1, 1, 1, %130, %131;"                       \
-               : FASTATTN_SUMS_64(0), FASTATTN_SUMS_64(64)                                            \
-               : "l"(a), "l"(b), "n"(static_cast<int>(kAcrossA)), "n"(static_cast<int>(kAcrossB)))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    FASTATTN_WGMMA_N256("bf16");
-  } else {
-    FASTATTN_WGMMA_N256("f16");
-  }
-#undef FASTATTN_WGMMA_N256
-}
-
 #define FASTATTN_REGISTERS_0_TO_31                                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -319,20 +288,28 @@ __device__ inline void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
 #define FASTATTN_SUMS_96 FASTATTN_SUMS_64(0), FASTATTN_SUMS_32(64)
 #define FASTATTN_SUMS_128 FASTATTN_SUMS_64(0), FASTATTN_SUMS_64(64)
 
-template <class T, bool kAcrossA, bool kAcrossB>
-__device__ inline void wgmma(float (&d)[32], uint64_t a, uint64_t b) {
-#define FASTATTN_WGMMA_N64(type)                                                                           \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FASTATTN_REGISTERS_0_TO_31 \
-               "}, %32, %33, 1, 1, 1, %34, %35;"                                                           \
-               : FASTATTN_SUMS_32(0)                                                                       \
-               : "l"(a), "l"(b), "n"(static_cast<int>(kAcrossA)), "n"(static_cast<int>(kAcrossB)))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    FASTATTN_WGMMA_N64("bf16");
-  } else {
-    FASTATTN_WGMMA_N64("f16");
+// d (64 x N, a warpgroup's) += a b in T, both in shared memory, MN-major if across. Lane l of warp w holds row
+// 16 w + l / 4 + 8 (e / 2) and column 8 j + 2 (l % 4) + e % 2 in d[4 j + e].
+#define FASTATTN_WGMMA(N, SUMS, registers, sums, a_at, b_at, across_a_at, across_b_at)                          \
+  template <class T, bool kAcrossA, bool kAcrossB>                                                              \
+  __device__ inline void wgmma(float (&d)[SUMS], uint64_t a, uint64_t b) {                                      \
+    if constexpr (std::is_same_v<T, BFloat16>) {                                                                \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16 {" registers "}, %" a_at ", %" b_at \
+                   ", 1, 1, 1, %" across_a_at ", %" across_b_at ";"                                             \
+                   : sums                                                                                       \
+                   : "l"(a), "l"(b), "n"(static_cast<int>(kAcrossA)), "n"(static_cast<int>(kAcrossB)));         \
+    } else {                                                                                                    \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32.f16.f16 {" registers "}, %" a_at ", %" b_at   \
+                   ", 1, 1, 1, %" across_a_at ", %" across_b_at ";"                                             \
+                   : sums                                                                                       \
+                   : "l"(a), "l"(b), "n"(static_cast<int>(kAcrossA)), "n"(static_cast<int>(kAcrossB)));         \
+    }                                                                                                           \
   }
-#undef FASTATTN_WGMMA_N64
-}
+FASTATTN_WGMMA("64", 32, FASTATTN_REGISTERS_0_TO_31, FASTATTN_SUMS_32(0), "32", "33", "34", "35")
+FASTATTN_WGMMA("128", 64, FASTATTN_REGISTERS_0, FASTATTN_SUMS_64(0), "64", "65", "66", "67")
+FASTATTN_WGMMA("256", 128, FASTATTN_REGISTERS_0 ", " FASTATTN_REGISTERS_64, FASTATTN_SUMS_128, "128", "129", "130",
+               "131")
+#undef FASTATTN_WGMMA
 
 // d = a bᵀ, or d += a bᵀ if `add`, in T: 64 rows and N = 2 kSums columns, both in shared memory and K-major.
 #define FASTATTN_WGMMA_SCORES(N, SUMS, registers, sums, a_at, b_at, add_at)                                    \
