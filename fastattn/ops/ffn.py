@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -279,10 +278,8 @@ def _feed_forward(
     chosen = choose(op, implementation, x.device, why_not)
     rng_state = _validate.rng_state(rng_state, options.dropout_p, x)
 
-    rows = math.prod(x.shape[:-1])
     *parameters, residual = tensors[1:]
-    flat_residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
-    matrices = (x.reshape(rows, x.shape[-1]), *parameters, flat_residual)
+    matrices = (_validate.as_matrix(x), *parameters, None if residual is None else _validate.as_matrix(residual))
     if chosen == "reference":
         (out,) = _formula(options, rng_state)(*matrices)
     else:

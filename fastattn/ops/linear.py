@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -164,19 +163,14 @@ def linear(
     chosen = choose("linear", implementation, x.device, why_not)
     if chosen == "reference":
         return reference_linear(x, weight, bias, residual=residual)
-    shape, outputs = x.shape[:-1], weight.shape[0]
-    flat, flat_residual = x, residual
-    if x.dim() != 2:
-        rows = math.prod(shape)
-        flat = x.reshape(rows, x.shape[-1])
-        flat_residual = None if residual is None else residual.reshape(rows, outputs)
     triton = chosen == "triton"
-    readable = [_validate.readable(t, triton) for t in (flat, weight, bias, flat_residual)]
+    matrices = (_validate.as_matrix(x), weight, bias, None if residual is None else _validate.as_matrix(residual))
+    readable = [_validate.readable(t, triton) for t in matrices]
     if wants_gradient(*readable):
         y = apply(_LinearDual if forward_mode() else _Linear, *readable, triton)
     else:
         y = (_triton_forward if triton else _forward)(*readable)
-    return y if x.dim() == 2 else y.reshape(*shape, outputs)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _in_short(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:

@@ -340,7 +340,7 @@ def linear_cross_entropy(
         total = linear_cross_entropy(x, weight, target, bias, **asked)
         return total / _number(target, ignore_index, None, total)
     matrices = (
-        x.reshape(math.prod(shape), x.shape[-1]).contiguous(),
+        _validate.as_matrix(x).contiguous(),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
     )
